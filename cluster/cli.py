@@ -1,0 +1,191 @@
+"""`micacl VERB`: all doors of the house, in the order of the data."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Any
+
+import tyro
+
+from pipeline.cli import VERBS as PIPELINE_VERBS
+from pipeline.cli import Arguments, DatasetUrl, Raw, Verb, absolute, parse, run, say
+from pipeline.contract import MicaclError
+
+Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
+Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+BundleUrl = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+Out = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
+
+VERBS: dict[str, Verb] = {
+    "demo": Verb("the whole chain on synthetic faces: raw videos to a served prediction", "cluster.cli:demo"),
+    "doctor": Verb("check this machine, its packages and a bucket", "cluster.cli:doctor"),
+    **{name: verb for name, verb in PIPELINE_VERBS.items() if name != "demo"},
+    "train": Verb("train a recipe on a dataset: micacl train RECIPE DATASET RUN", "cluster.cli:train"),
+    "evaluate": Verb("score a run or bundle on a split, every clip once", "cluster.cli:evaluate"),
+    "export": Verb("checkpoint -> bundle for inference", "cluster.cli:export"),
+    "predict": Verb("a bucket of videos -> Parquet of probabilities", "cluster.cli:predict"),
+    "serve": Verb("answer predictions over HTTP", "cluster.cli:serve"),
+}
+
+
+def main() -> None:
+    """The `micacl` command."""
+    sys.exit(run(VERBS, "micacl", sys.argv[1:]))
+
+
+def demo(out: str = "demo-out", storage: str = "seaweedfs", until: str = "serve", seed: int = 7) -> dict[str, Any]:
+    """Run the demo.
+
+    Args:
+        out: folder for everything that the demo writes; emptied first.
+        storage: seaweedfs (a real S3 server on loopback), file, or your own s3://bucket/prefix.
+        until: last step to run: raw, prepare, train, evaluate, export, predict or serve.
+        seed: of the synthetic videos.
+    """
+    from cluster.demo import run_demo
+
+    return run_demo(out, storage, until, seed, say)
+
+
+def doctor(url: Annotated[str | None, tyro.conf.Positional] = None) -> dict[str, Any]:
+    """Check what a run will need, before it costs anything. Exit code 2 if a check fails.
+
+    Args:
+        url: a bucket or folder to write to, read back and clean up.
+    """
+    from cluster.doctor import format_table, run_checks
+
+    checks = run_checks(absolute(url) if url else None)
+    say(format_table(checks))
+    bad = [c.name for c in checks if not c.ok]
+    return {"ok": not bad, "checks": len(checks), "failed": bad, "exit": 2 if bad else 0}
+
+
+def train(arguments: Arguments, prog: str) -> dict[str, Any]:
+    """`micacl train RECIPE DATASET RUN [flags]`; the recipe decides the defaults of the flags."""
+    from cluster.train import TrainArgs
+    from cluster.train import train as job
+    from micacl.recipes import RECIPES
+    from pipeline.ray_local import ray_session
+
+    name = next(iter(arguments), "")
+    recipes = ", ".join(RECIPES)
+    if name in ("-h", "--help"):
+        say(f"usage: {prog} RECIPE DATASET RUN [flags]\n\nrecipes: {recipes}\nflags: {prog} RECIPE --help")
+        raise SystemExit(0)
+    if name not in RECIPES:
+        raise MicaclError(f"{name or 'Nothing'!r} is no recipe.", "No run was started.", f"Choose one of: {recipes}.")
+    default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=RECIPES[name]())
+    args: TrainArgs = parse(TrainArgs, f"{prog} {name}", RECIPES[name].__doc__ or "", arguments[1:], default=default)
+    cpus = None if args.scaling.gpu else args.scaling.workers * args.scaling.cpus_per_worker
+    with ray_session(address=args.address, num_cpus=cpus):
+        return {
+            "recipe": name,
+            **job(absolute(args.dataset), absolute(args.run), args.config, args.scaling, args.version),
+        }
+
+
+train.takes_arguments = True  # type: ignore[attr-defined]
+
+
+def evaluate(
+    model: Model,
+    dataset: DatasetUrl,
+    split: str = "test",
+    out: str | None = None,
+    version: int | None = None,
+    workers: int = 1,
+    gpu: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Score a run or bundle. Writes scores.json, confusion.png and predictions.parquet.
+
+    Args:
+        model: a run or a bundle: folder or s3://bucket/prefix.
+        dataset: folder or s3://bucket/prefix.
+        split: train, val or test.
+        out: where the files go; default MODEL/evaluation/SPLIT.
+        version: dataset version; default the newest.
+        workers: ranks that share the clips.
+        gpu: one GPU a worker.
+        address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
+    """
+    from cluster.evaluate import evaluate as job
+    from pipeline.ray_local import ray_session
+
+    out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
+    with ray_session(address=address, num_cpus=workers):
+        result = job(
+            absolute(model), absolute(dataset), split, out_url=out, workers=workers, version=version, gpu=gpu
+        )
+    say(result["text"])
+    return result
+
+
+def export(run: Run, bundle: BundleUrl, step: int | None = None) -> dict[str, Any]:
+    """Write a bundle from a run's checkpoint.
+
+    Args:
+        run: the run: folder or s3://bucket/prefix.
+        bundle: where the bundle goes.
+        step: which checkpoint; default the newest.
+    """
+    from micacl.bundle import export_bundle
+
+    made = export_bundle(absolute(run), absolute(bundle), step)
+    return {"bundle": made.url, "id": made.id, "labels": list(made.labels), "origin": dict(made.origin)}
+
+
+def predict(
+    bundle: BundleUrl,
+    raw: Raw,
+    out: Out,
+    source: str = "bucket",
+    faces: str = "all",
+    workers: int = 1,
+    gpu: bool = False,
+    address: str | None = None,
+) -> dict[str, Any]:
+    """Predict every face of every video of a bucket.
+
+    Args:
+        bundle: from `micacl export`.
+        raw: folder or s3://bucket/prefix of videos.
+        out: where predictions-*.parquet goes.
+        source: bucket, table, folder or auto.
+        faces: all, or largest for one face a video.
+        workers: actors that hold the model.
+        gpu: one GPU an actor.
+        address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
+    """
+    from cluster.predict import predict as job
+    from pipeline.ray_local import ray_session
+
+    with ray_session(address=address):
+        return job(
+            absolute(bundle), absolute(raw), absolute(out), workers=workers, source=source, faces=faces, gpu=gpu, say=say
+        )
+
+
+def serve(bundle: BundleUrl, host: str = "127.0.0.1", port: int = 8000, address: str | None = None) -> dict[str, Any]:
+    """Serve a bundle over HTTP until interrupted.
+
+    Args:
+        bundle: from `micacl export`.
+        host: address to listen on; 127.0.0.1 is this machine only.
+        port: below 10000 or above 20000.
+        address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
+    """
+    import signal
+    import threading
+
+    from cluster.serve.app import run_server
+    from pipeline.ray_local import ray_session
+
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    with ray_session(address=address), run_server(absolute(bundle), host, port, say) as url:
+        say(f"serving {url} (Ctrl-C stops)")
+        stop.wait()
+    return {"served": url}

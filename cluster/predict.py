@@ -1,0 +1,159 @@
+"""`micacl predict`: a bucket of unlabelled videos -> Parquet, with Ray Data.
+
+    list ──> crop (tasks on CPUs; bags as tar blocks) ──> classify (actors that hold the model) ──> one row a face
+
+A video that cannot be used gives one row with its reason: as many videos come out as went in. Output files are named
+by the videos in them and the bundle, so running again writes the same objects.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+import ray.data
+
+from micacl.bundle import load_bundle
+from micacl.predictor import Predictor
+from pipeline.bags import Bag, video_to_bags
+from pipeline.contract import CropConfig, MicaclError, Quarantined, Reason, Video, canonical_json, digest
+from pipeline.shards import read_bags, write_shard
+from pipeline.sources import list_videos
+from pipeline.storage import open_store, split_url
+
+_VIDEOS_PER_TASK = 4
+
+
+def predict(
+    bundle_url: str,
+    raw_url: str,
+    out_url: str,
+    *,
+    workers: int,
+    source: str,
+    faces: str,
+    gpu: bool,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Predict every video of a bucket on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
+    bundle = load_bundle(bundle_url)
+    videos = list_videos(raw_url, source)
+    store = open_store(out_url)
+    store.check()
+    crop = _with_faces(bundle.crop, faces)
+    say(f"{len(videos)} videos in {raw_url}, bundle {bundle.id}")
+    rows = [{"url": v.url, "name": v.name} for v in videos]
+    out = [row for row in _run(rows, bundle_url, crop, workers=workers, gpu=gpu)]
+    out.sort(key=lambda row: (row["video"], row["track"]))
+    key = f"predictions-{digest(canonical_json([bundle.id, crop.hash, [v.name for v in videos]]).encode())[:16]}.parquet"
+    store.put(key, _parquet(out, bundle.labels, bundle.id))
+    bad = Counter(row["reason"] for row in out if row["reason"])
+    return {
+        "out": store.url(key),
+        "bundle": bundle.id,
+        "videos": len({row["video"] for row in out}),
+        "faces": sum(1 for row in out if not row["reason"]),
+        "quarantined": dict(sorted(bad.items())),
+        "labels": dict(sorted(Counter(row["label"] for row in out if not row["reason"]).items())),
+    }
+
+
+def _with_faces(crop: CropConfig, faces: str) -> CropConfig:
+    import dataclasses
+
+    return dataclasses.replace(crop, faces=faces)
+
+
+def _run(
+    rows: list[dict[str, Any]], bundle_url: str, crop: CropConfig, *, workers: int, gpu: bool
+) -> Iterator[dict[str, Any]]:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+
+    def crop_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
+        done = [_crop_one(str(u), str(n), crop) for u, n in zip(batch["url"], batch["name"], strict=True)]
+        return {"name": list(batch["name"]), "tar": [t for t, _ in done], "reason": [r for _, r in done]}
+
+    data = (
+        ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _VIDEOS_PER_TASK))
+        .map_batches(crop_batch, batch_size=None, num_cpus=1)
+        .map_batches(
+            _Classify,
+            fn_constructor_args=(bundle_url, "cuda" if gpu else "cpu"),
+            compute=ray.data.ActorPoolStrategy(size=workers),
+            batch_size=_VIDEOS_PER_TASK,
+            num_cpus=0 if gpu else 0.5,
+            num_gpus=1 if gpu else 0,
+        )
+    )
+    try:
+        for row in data.iter_rows():
+            yield from json.loads(str(row["faces"]))
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, MicaclError) else error) from error
+
+
+def _crop_one(url: str, name: str, crop: CropConfig) -> tuple[bytes, str]:
+    """(tar blocks of the bags, reason): one of them is empty."""
+    root, key = split_url(url)
+    store = open_store(root)
+    try:
+        size = store.size(key)
+        if size is None:
+            raise Quarantined(Reason.MISSING, f"{url} is not there")
+        if size > crop.max_bytes:
+            raise Quarantined(Reason.TOO_MANY_BYTES, f"{size} bytes, the cap is {crop.max_bytes}")
+        bags, _ = video_to_bags(store.get(key), name=name, video_id=Video(url=url, name=name).id, config=crop)
+    except Quarantined as why:
+        return b"", why.reason.value
+    return write_shard(bags)[0], ""
+
+
+class _Classify:
+    """An actor that holds the model."""
+
+    def __init__(self, bundle_url: str, device: str) -> None:
+        self.predictor = Predictor(load_bundle(bundle_url), device)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, list[str]]:
+        bags: list[Bag] = []
+        owners: list[str] = []
+        out: list[list[dict[str, Any]]] = []
+        for name, tar, reason in zip(batch["name"], batch["tar"], batch["reason"], strict=True):
+            found = [] if reason else list(read_bags(bytes(tar), str(name)))
+            bags += found
+            owners += [str(name)] * len(found)
+            if reason:
+                out.append([{"video": str(name), "track": -1, "reason": str(reason)}])
+        for name, face in zip(owners, self.predictor.classify(bags), strict=True):
+            out.append([{"video": name, "reason": "", **face.to_dict()}])
+        return {"faces": [canonical_json([row for rows in out for row in rows])]}
+
+
+def _parquet(rows: list[dict[str, Any]], labels: tuple[str, ...], bundle_id: str) -> bytes:
+    """One row a face; a quarantined video has one row with its reason and nulls."""
+    columns: dict[str, list[Any]] = {
+        "video": [r["video"] for r in rows],
+        "track": [r["track"] for r in rows],
+        "label": [r.get("label") for r in rows],
+        **{f"p_{label}": [r.get("probabilities", {}).get(label) for r in rows] for label in labels},
+        "seconds": [r.get("seconds") for r in rows],
+        "detector_score": [r.get("detector_score") for r in rows],
+        "box": [r.get("box") for r in rows],
+        "instance_weights": [r.get("instance_weights") for r in rows],
+        "reason": [r["reason"] or None for r in rows],
+        "bundle": np.repeat(bundle_id, len(rows)).tolist(),
+    }
+    types = {name: pa.string() for name in ("video", "label", "reason", "bundle")}
+    types |= {"track": pa.int32(), "box": pa.list_(pa.float64()), "instance_weights": pa.list_(pa.float64())}
+    arrays = {name: pa.array(values, types.get(name, pa.float64())) for name, values in columns.items()}
+    out = io.BytesIO()
+    pq.write_table(pa.table(arrays), out, compression="zstd")
+    return out.getvalue()

@@ -1,0 +1,255 @@
+"""Ray Train around micacl.train.loop.fit: N workers, DeepSpeed, checkpoints in the bucket, resume by looking there.
+
+Every attempt, the first or one after a worker died, does the same: find the newest complete checkpoint of the run,
+continue from it. Ray Train restarts the workers; it keeps no checkpoint of its own (docs/decisions/0004), so what
+`COMPLETE.json` says is all there is to know.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+import ray
+import ray.train
+import ray.train.torch
+import torch
+import tyro
+
+from cluster.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
+from micacl.bundle import run_state
+from micacl.config import RunConfig, from_dict, to_dict
+from micacl.loss.objective import Objective
+from micacl.model.micacl import build_model, parameter_count
+from micacl.train.checkpoint import complete_steps, read_checkpoint
+from micacl.train.data import TrainData, train_data
+from micacl.train.engine import Engine, PlainEngine
+from micacl.train.hooks import Hook
+from micacl.train.hooks.checkpoint import SaveCheckpoint
+from micacl.train.hooks.console import Console
+from micacl.train.hooks.jsonl import METRICS, JsonLines
+from micacl.train.loop import fit
+from pipeline.cli import DatasetUrl
+from pipeline.contract import MicaclError, canonical_json
+from pipeline.dataset import open_dataset
+from pipeline.plan import PlanState, class_weights
+from pipeline.storage import open_store
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScalingConfig:
+    """On how many and which machines."""
+
+    workers: int = 2
+    """Ranks. plan.global_batch must be a multiple."""
+    gpu: bool = False
+    """One GPU a worker (NCCL); else CPU (gloo)."""
+    cpus_per_worker: int = 1
+    max_failures: int = 2
+    """Times that the group of workers is started again after one died."""
+    engine: str = "deepspeed"
+    """deepspeed | plain"""
+    deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("deepspeed", "plain") or self.workers < 1 or self.cpus_per_worker < 1:
+            raise MicaclError(
+                f"--scaling has engine {self.engine!r}, {self.workers} workers, {self.cpus_per_worker} CPUs each.",
+                "The run was not started.",
+                "Use engine deepspeed or plain, and 1 or more workers and CPUs.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainArgs:
+    """Train a recipe. Run again with the same run URL, it continues from the last complete checkpoint."""
+
+    dataset: DatasetUrl
+    """Folder or s3://bucket/prefix."""
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
+    """Where the run goes: folder or s3://bucket/prefix."""
+    version: int | None = None
+    """Dataset version; default the newest."""
+    address: str | None = None
+    """Of a running Ray cluster to join; default RAY_ADDRESS, else a private one."""
+    scaling: ScalingConfig = field(default_factory=ScalingConfig)
+    config: Annotated[RunConfig, tyro.conf.arg(name="")]
+
+
+def train(dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None) -> dict[str, Any]:
+    """Run or continue a training run on the Ray that is up. Returns counts for the JSON line.
+
+    Raises MicaclError on bad input, before any worker starts where it can be seen from here.
+    """
+    data = train_data(open_dataset(dataset_url, version), config)
+    if config.plan.global_batch % scaling.workers:
+        raise MicaclError(
+            f"--plan.global-batch {config.plan.global_batch} is no multiple of --scaling.workers {scaling.workers}.",
+            "Ranks would get unequal batches.",
+            "Change one of them.",
+        )
+    store = open_store(run_url)
+    store.check()
+    _claim(run_url, config, dataset_url, data)
+    before, start_s = (complete_steps(store) or [0])[-1], time.monotonic()
+    job = {
+        "dataset": dataset_url,
+        "version": data.dataset.number,
+        "run": run_url,
+        "config": to_dict(config),
+        "scaling": to_dict(scaling),
+    }
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config=job,
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpu,
+            resources_per_worker={"CPU": scaling.cpus_per_worker, **({"GPU": 1} if scaling.gpu else {})},
+        ),
+        torch_config=ray.train.torch.TorchConfig(backend="nccl" if scaling.gpu else "gloo"),
+        run_config=ray.train.RunConfig(
+            name=f"micacl-{secrets.token_hex(4)}",
+            storage_path=tempfile.mkdtemp(prefix="micacl-train-"),
+            failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
+        ),
+    )
+    _fit(trainer)
+    return _summary(run_url, data, before, time.monotonic() - start_s)
+
+
+def _fit(trainer: Any) -> None:
+    """Ray's error, with our own inside it as itself."""
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        for failure in getattr(error, "worker_failures", {}).values():
+            cause = getattr(failure, "cause", None) or failure
+            if isinstance(cause, MicaclError):
+                raise cause from error
+        raise
+
+
+def _claim(run_url: str, config: RunConfig, dataset_url: str, data: TrainData) -> None:
+    """The first to come writes config.json; who continues must mean the same run. Raises MicaclError."""
+    store = open_store(run_url)
+    said = {"config": to_dict(config), "dataset": {"url": dataset_url, **_version(data)}}
+    if store.put_if_absent(CONFIG, canonical_json(said).encode()):
+        return
+    found = json.loads(store.get(CONFIG))
+    if found["config"] != json.loads(canonical_json(to_dict(config))):
+        differs = _first_difference(found["config"], json.loads(canonical_json(to_dict(config))))
+        raise MicaclError(
+            f"{run_url} was begun with another configuration ({differs}).",
+            "Continuing would mix two runs.",
+            "Give a new run URL, or the flags that the run was begun with.",
+        )
+
+
+def _first_difference(a: Any, b: Any, at: str = "") -> str:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            if a.get(key) != b.get(key):
+                return _first_difference(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+    return f"{at}: {a!r}, now {b!r}"
+
+
+def _version(data: TrainData) -> dict[str, Any]:
+    return {"version": data.dataset.number, "sha256": data.dataset.sha256}
+
+
+def _worker(job: dict[str, Any]) -> None:
+    """One rank: build everything from the job's plain values, continue from the bucket, fit."""
+    context = ray.train.get_context()
+    rank, ranks = context.get_world_rank(), context.get_world_size()
+    config: RunConfig = from_dict(RunConfig, job["config"])
+    scaling: ScalingConfig = from_dict(ScalingConfig, job["scaling"])
+    torch.set_num_threads(scaling.cpus_per_worker)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    data = train_data(open_dataset(job["dataset"], job["version"]), config)
+    engine = _engine(config, scaling, config.plan.global_batch // ranks)
+    store = open_store(job["run"])
+    start = _resume(engine, data, job["run"])
+    say = _say_as(rank)
+    say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
+    metrics = JsonLines(store, start) if rank == 0 else None
+
+    def state_at(step: int) -> dict[str, Any]:
+        body = data.dataset.body
+        return run_state(config, body["crop"], {"url": job["dataset"], **_version(data)}, data.state_at(step))
+
+    saver = SaveCheckpoint(
+        engine,
+        store,
+        every=config.train.checkpoint_every,
+        keep=config.train.keep_checkpoints,
+        state_at=state_at,
+        metrics=metrics,
+    )
+    hooks: list[Hook] = [Console(say), *([metrics] if metrics else []), saver]
+    shares = class_weights(data.class_counts, config.plan) * sum(data.class_counts)
+    fit(
+        engine,
+        data.batches(start, rank, ranks),
+        Objective(config.loss, [float(n) for n in shares]).to(engine.device),
+        config.train,
+        start_step=start,
+        steps=data.steps,
+        steps_per_epoch=data.steps_per_epoch,
+        log_every=config.train.log_every,
+        hooks=hooks,
+    )
+
+
+def _engine(config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> Engine:
+    model = build_model(config.model, config.train.seed)
+    device = ray.train.torch.get_device()
+    if scaling.engine == "plain":
+        return PlainEngine(model, config.train, device)
+    return DeepSpeedEngine(
+        model, config.train, clips_per_rank=clips_per_rank, deepspeed=scaling.deepspeed, device=device
+    )
+
+
+def _resume(engine: Engine, data: TrainData, run_url: str) -> int:
+    """Updates done: 0, or those of the newest complete checkpoint, which is loaded."""
+    store = open_store(run_url)
+    if not complete_steps(store):
+        return 0
+    checkpoint = read_checkpoint(store)
+    data.require_same(PlanState.from_dict(checkpoint.state["plan"]))
+    engine.import_state(checkpoint.weights, checkpoint.moments, checkpoint.step)
+    return checkpoint.step
+
+
+def _say_as(rank: int) -> Any:
+    def say(text: str) -> None:
+        if rank == 0:
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
+
+    return say
+
+
+def _summary(run_url: str, data: TrainData, before: int, seconds: float) -> dict[str, Any]:
+    store = open_store(run_url)
+    lines = [json.loads(line) for line in store.get(METRICS).decode().splitlines()]
+    return {
+        "run": run_url,
+        "dataset_version": data.dataset.number,
+        "steps": (complete_steps(store) or [0])[-1],
+        "steps_now": (complete_steps(store) or [0])[-1] - before,
+        "clips_per_class": dict(zip(data.dataset.labels, data.class_counts, strict=True)),
+        "first": {k: v for k, v in lines[0].items() if k.startswith("loss/")} if lines else {},
+        "last": {k: v for k, v in lines[-1].items() if k.startswith("loss/")} if lines else {},
+        "clips_per_s": lines[-1]["clips_per_s"] if lines else None,
+        "seconds": round(seconds, 1),
+    }

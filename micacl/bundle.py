@@ -1,0 +1,150 @@
+"""What inference needs, in one folder; the only thing that predict and serve load.
+
+    <bundle>/model.safetensors   weights
+    <bundle>/bundle.json         config, labels, preprocessing, where it came from; put last, names the weights' hash
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from micacl.config import RunConfig, from_dict, to_dict
+from micacl.model.micacl import MICACL, build_model
+from micacl.train.checkpoint import Checkpoint, read_checkpoint
+from pipeline.contract import SCHEMA_VERSION, CropConfig, MicaclError, canonical_json, digest, require_schema
+from pipeline.storage import Store, open_store
+
+BUNDLE = "bundle.json"
+WEIGHTS = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A model ready for inference."""
+
+    url: str
+    config: RunConfig
+    crop: CropConfig
+    """How raw videos become bags: the same as in training."""
+    weights: Mapping[str, Tensor]
+    origin: Mapping[str, Any]
+    """`run`, `step`, `dataset`: where it came from."""
+    id: str
+    """12 hex digits of bundle.json's sha256; stands in every prediction."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return self.config.model.classes
+
+    def build(self) -> MICACL:
+        """The model in evaluation mode, weights loaded strictly."""
+        model = build_model(self.config.model, seed=0)
+        model.load_state_dict(dict(self.weights), strict=True)
+        return model.eval()
+
+
+def crop_from(values: Mapping[str, Any]) -> CropConfig:
+    """The preprocessing that a version or a bundle names; its hash must be what we compute. Raises MicaclError."""
+    config: CropConfig = from_dict(CropConfig, {k: v for k, v in values.items() if k != "hash"}, "crop")
+    if values.get("hash") != config.hash:
+        raise MicaclError(
+            f"The preprocessing has the hash {values.get('hash')!r}, this release computes {config.hash!r}.",
+            "Crops would not be the ones that the model was trained on.",
+            "Use the release that wrote it.",
+        )
+    return config
+
+
+def export_bundle(run_url: str, bundle_url: str, step: int | None = None) -> Bundle:
+    """Checkpoint -> bundle. Raises MicaclError if the run has no complete checkpoint."""
+    checkpoint = read_checkpoint(open_store(run_url), step)
+    store = open_store(bundle_url)
+    store.check()
+    weights = safetensors.torch.save(dict(checkpoint.weights))
+    body = {
+        "schema": SCHEMA_VERSION,
+        "config": checkpoint.state["config"],
+        "crop": checkpoint.state["crop"],
+        "weights": {"path": WEIGHTS, "bytes": len(weights), "sha256": digest(weights)},
+        "origin": {"run": run_url, "step": checkpoint.step, "dataset": checkpoint.state["dataset"]},
+    }
+    store.put(WEIGHTS, weights)
+    store.put(BUNDLE, canonical_json(body).encode())
+    return load_bundle(bundle_url)
+
+
+def load_bundle(url: str) -> Bundle:
+    """Open and check a bundle. Raises MicaclError: no bundle, another schema, other weights than listed."""
+    store = open_store(url)
+    store.check()
+    try:
+        data = store.get(BUNDLE)
+    except FileNotFoundError as error:
+        raise MicaclError(
+            f"{url} has no {BUNDLE}.", "It is no bundle.", "Make one: `micacl export RUN BUNDLE`."
+        ) from error
+    body = _json_object(data, store.url(BUNDLE))
+    require_schema(body.get("schema"), store.url(BUNDLE))
+    try:
+        weights = store.get(body["weights"]["path"])
+    except FileNotFoundError:
+        weights = b""
+    if digest(weights) != body["weights"]["sha256"]:
+        raise MicaclError(
+            f"{store.url(WEIGHTS)} is missing or not the file that {BUNDLE} lists.",
+            "A model of unknown weights is not used.",
+            "Export it again: `micacl export RUN BUNDLE`.",
+        )
+    return Bundle(
+        url=url,
+        config=from_dict(RunConfig, body["config"]),
+        crop=crop_from(body["crop"]),
+        weights=safetensors.torch.load(weights),
+        origin=body["origin"],
+        id=digest(data)[:12],
+    )
+
+
+def _json_object(data: bytes, where: str) -> dict[str, Any]:
+    try:
+        body = json.loads(data)
+    except ValueError as error:
+        raise MicaclError(f"{where} is not JSON ({error}).", "It is no bundle.", "Export it again.") from error
+    if not isinstance(body, dict):
+        raise MicaclError(f"{where} is not a JSON object.", "It is no bundle.", "Export it again.")
+    return body
+
+
+def load_model(url: str, step: int | None = None) -> Bundle:
+    """A bundle, or a run's checkpoint as if it were exported. For evaluation."""
+    store = open_store(url)
+    store.check()
+    if store.exists(BUNDLE):
+        return load_bundle(url)
+    checkpoint = read_checkpoint(store, step)
+    return as_bundle(checkpoint, store)
+
+
+def as_bundle(checkpoint: Checkpoint, store: Store) -> Bundle:
+    """A checkpoint as a bundle in memory."""
+    origin = {"run": store.root, "step": checkpoint.step, "dataset": checkpoint.state["dataset"]}
+    return Bundle(
+        url=store.root,
+        config=from_dict(RunConfig, checkpoint.state["config"]),
+        crop=crop_from(checkpoint.state["crop"]),
+        weights=checkpoint.weights,
+        origin=origin,
+        id=digest(canonical_json(origin).encode())[:12],
+    )
+
+
+def run_state(config: RunConfig, crop: Mapping[str, Any], dataset: Mapping[str, Any], plan: Any) -> dict[str, Any]:
+    """The JSON state that a checkpoint carries, so that it can be continued and exported by itself."""
+    return {"config": to_dict(config), "crop": dict(crop), "dataset": dict(dataset), "plan": dataclasses.asdict(plan)}

@@ -1,0 +1,87 @@
+"""A run, written down: one frozen tree of dataclasses, each beside what it configures. No files, no registries."""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any
+
+from micacl.batch import BatchConfig
+from micacl.loss.objective import LossConfig
+from micacl.model.micacl import ModelConfig
+from micacl.train.optim import OptimConfig
+from pipeline.contract import MicaclError, canonical_json, digest
+from pipeline.plan import PlanConfig
+from pipeline.stream import StreamConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig(OptimConfig):
+    """How long and how."""
+
+    epochs: int = 10
+    seed: int = 0
+    """Of the weights and of dropout; the plan has its own."""
+    split: str = "train"
+    log_every: int = 10
+    """Steps."""
+    checkpoint_every: int = 200
+    """Steps; the last step always writes one."""
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if min(self.epochs, self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1:
+            raise MicaclError(
+                "--train.epochs, log-every, checkpoint-every and keep-checkpoints must be 1 or more.",
+                "The run was not started.",
+                "Correct the flag.",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """Everything that decides a run, besides the dataset and the machines."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    stream: StreamConfig = field(default_factory=StreamConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+
+    @property
+    def hash(self) -> str:
+        return digest(canonical_json(to_dict(self)).encode())[:12]
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain JSON values, nested as the tree."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(cls: type[Any], values: Mapping[str, Any], where: str = "config") -> Any:
+    """The inverse of `to_dict` for any of our config classes. An unknown name is refused with the nearest ones."""
+    hints, names = typing.get_type_hints(cls), [f.name for f in dataclasses.fields(cls)]
+    for name in values:
+        if name not in names:
+            near = get_close_matches(name, names, n=3)
+            raise MicaclError(
+                f"{where} has the unknown field {name!r}.",
+                "It was written by another release, or by hand.",
+                f"Known here: {', '.join(near or names)}.",
+            )
+    return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where)
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        return tuple(value)
+    if isinstance(hint, types.UnionType) and isinstance(value, list):
+        return tuple(value)
+    return value

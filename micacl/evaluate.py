@@ -1,0 +1,89 @@
+"""A model on a split: every clip exactly once, at any number of ranks. No augmentation, natural order."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from micacl.batch import collate
+from micacl.bundle import Bundle
+from micacl.metrics import Confusion, Scores
+from micacl.predictor import forward
+from micacl.train.data import require_labels
+from pipeline.contract import MicaclError
+from pipeline.dataset import Dataset
+from pipeline.plan import Draw, SequentialPlan
+from pipeline.stream import BagStream, label_numbers
+
+_CLIPS_PER_FORWARD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One clip as evaluated."""
+
+    key: str
+    truth: int
+    predicted: int
+    probabilities: tuple[float, ...]
+
+
+def score_rank(bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1) -> Iterator[Scored]:
+    """This rank's share of the split; the shares of all ranks are disjoint and together whole. Raises MicaclError."""
+    require_labels(dataset, bundle.config)
+    rows = dataset.split(split)
+    label_numbers(rows, dataset.labels, dataset.store.root)
+    model, device = bundle.build(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    positions = SequentialPlan(rows.num_rows).rank_positions(rank, ranks)
+    draws = (Draw(int(p), (0, 0)) for p in positions if p >= 0)
+    clips = BagStream(dataset, rows, bundle.config.stream).read(draws, train=False)
+    while part := list(islice(clips, _CLIPS_PER_FORWARD)):
+        probabilities_BK, _ = forward(model, collate(part, bundle.config.batch, train=False), device)
+        for clip, p_K in zip(part, probabilities_BK, strict=True):
+            yield Scored(clip.key, clip.label, int(p_K.argmax()), tuple(float(p) for p in p_K))
+
+
+def gather_scores(scored: list[Scored], labels: tuple[str, ...], expected_clips: int) -> tuple[Scores, Confusion]:
+    """Scores of the whole split. Raises MicaclError if a clip is missing or counted twice."""
+    confusion = Confusion(labels)
+    for one in scored:
+        confusion.add(one.key, one.truth, one.predicted)
+    if len(confusion) != expected_clips:
+        raise MicaclError(
+            f"{len(confusion)} clips were scored, the split has {expected_clips}.",
+            "The numbers would not be those of the split, so none are given.",
+            "Run the evaluation again; if it stays, `micacl verify URL`.",
+        )
+    return confusion.scores(), confusion
+
+
+def confusion_png(scores: Scores, title: str) -> bytes:
+    """The confusion matrix as a picture: shares of each true class, counts written in."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts_KK = np.array(scores.matrix)
+    share_KK = counts_KK / np.maximum(counts_KK.sum(1, keepdims=True), 1)
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(share_KK, cmap="Blues", vmin=0, vmax=1)
+    places = range(len(scores.classes))
+    axes.set_xticks(places, scores.classes, rotation=45, ha="right")
+    axes.set_yticks(places, [f"{c} ({n})" for c, n in zip(scores.classes, counts_KK.sum(1), strict=True)])
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true (clips)")
+    for (i, j), n in np.ndenumerate(counts_KK):
+        if n:
+            axes.text(j, i, str(n), ha="center", va="center", color="white" if share_KK[i, j] > 0.5 else "black")
+    figure.colorbar(image, label="share of the true class")
+    axes.set_title(f"{title}\nUAR {scores.uar:.3f}, WAR {scores.war:.3f}, {scores.clips} clips")
+    out = io.BytesIO()
+    figure.savefig(out, format="png", dpi=120, metadata={"Software": None})
+    return out.getvalue()

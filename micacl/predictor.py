@@ -1,0 +1,107 @@
+"""Videos -> probabilities: the one place that does it. Batch, online and tests call this and nothing else.
+
+    bytes ──pipeline.bags.video_to_bags──> bags (JPEG, as in a shard) ──decode, evaluation transform──> model ──> softmax
+
+The bags pass through JPEG exactly as training's did, so that a model meets the pixels it was trained on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from micacl.batch import Batch, collate
+from micacl.bundle import Bundle
+from micacl.model.micacl import MICACL
+from pipeline.bags import Bag, video_to_bags
+from pipeline.contract import Video
+from pipeline.stream import Clip, decode_bag
+
+_CLIPS_PER_FORWARD = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FacePrediction:
+    """One face of one video."""
+
+    track: int
+    """0 is the largest face."""
+    label: str
+    probabilities: dict[str, float]
+    seconds: float
+    """Length of the track."""
+    detector_score: float
+    box: tuple[float, float, float]
+    """Of the first instance: centre x, centre y, side; source pixels."""
+    instance_weights: tuple[float, ...]
+    """WIAN's share of each instance."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "track": self.track,
+            "label": self.label,
+            "probabilities": {k: round(v, 6) for k, v in self.probabilities.items()},
+            "seconds": self.seconds,
+            "detector_score": self.detector_score,
+            "box": list(self.box),
+            "instance_weights": [round(w, 4) for w in self.instance_weights],
+        }
+
+
+class Predictor:
+    """A bundle on a device."""
+
+    def __init__(self, bundle: Bundle, device: str = "cpu") -> None:
+        self.bundle = bundle
+        self.device = torch.device(device)
+        self.model = bundle.build().to(self.device)
+
+    def bags(self, data: bytes, name: str) -> list[Bag]:
+        """Preprocess one encoded video. Raises Quarantined with the Reason."""
+        bags, _ = video_to_bags(data, name=name, video_id=Video(url=name, name=name).id, config=self.bundle.crop)
+        return bags
+
+    def classify(self, bags: Sequence[Bag]) -> list[FacePrediction]:
+        """One prediction a bag, in order."""
+        clips = [
+            Clip(decode_bag(b, self.bundle.config.stream.frames, None), -1, b.meta.key, n, (0, 0))
+            for n, b in enumerate(bags)
+        ]
+        parts = [clips[i : i + _CLIPS_PER_FORWARD] for i in range(0, len(clips), _CLIPS_PER_FORWARD)]
+        out: list[FacePrediction] = []
+        for part in parts:
+            batch = collate(part, self.bundle.config.batch, train=False)
+            probabilities, weights = forward(self.model, batch, self.device)
+            out += [self._face(bags[c.row], p, w) for c, p, w in zip(part, probabilities, weights, strict=True)]
+        return out
+
+    def predict(self, data: bytes, name: str) -> list[FacePrediction]:
+        """Every face of one encoded video. Raises Quarantined with the Reason."""
+        return self.classify(self.bags(data, name))
+
+    def _face(self, bag: Bag, p_K: NDArray[np.float32], w_N: NDArray[np.float32]) -> FacePrediction:
+        labels, meta = self.bundle.labels, bag.meta
+        return FacePrediction(
+            track=meta.track,
+            label=labels[int(p_K.argmax())],
+            probabilities={label: float(p) for label, p in zip(labels, p_K, strict=True)},
+            seconds=meta.seconds,
+            detector_score=meta.detector_score,
+            box=meta.boxes[0],
+            instance_weights=tuple(float(w) for w in w_N),
+        )
+
+
+@torch.inference_mode()
+def forward(
+    model: MICACL, batch: Batch, device: torch.device
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """(probabilities_BK, instance weights_BN) of one batch, on the CPU."""
+    output = model(batch.clips_BNCTHW.to(device))
+    probabilities_BK = output.logits_BK.float().softmax(-1).cpu().numpy()
+    return probabilities_BK, output.weights_BN.float().cpu().numpy()

@@ -1,0 +1,108 @@
+"""Training state <-> storage. A checkpoint is visible when its COMPLETE file is, and that is put last.
+
+    <run>/checkpoints/00000050/model.safetensors       weights and buffers
+                               optimizer.safetensors   AdamW moments of every parameter, whole (not by rank)
+                               state.json              step, plan state, config
+                               COMPLETE.json           every file with bytes and sha256
+
+Whole tensors by name, so a run continues at any number of ranks and with either engine; safetensors, so that reading
+a checkpoint runs no code. (DeepSpeed's own format is pickle and tied to the number of ranks: docs/decisions/0004.)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from pipeline.contract import SCHEMA_VERSION, MicaclError, canonical_json, digest, require_schema
+from pipeline.storage import Store
+
+_COMPLETE = "COMPLETE.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """All that a run needs to continue, or an export to start from."""
+
+    step: int
+    """Updates done."""
+    weights: Mapping[str, Tensor]
+    moments: Mapping[str, Tensor]
+    state: Mapping[str, Any]
+    """`config`, `plan` (PlanState), `dataset` (url, version, sha256), `labels`."""
+
+
+def folder(step: int) -> str:
+    return f"checkpoints/{step:08d}"
+
+
+def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
+    """Put the files, then COMPLETE. Returns the checkpoint's folder. One rank writes."""
+    at = folder(checkpoint.step)
+    files = {
+        "model.safetensors": safetensors.torch.save(dict(checkpoint.weights)),
+        "optimizer.safetensors": safetensors.torch.save(dict(checkpoint.moments)),
+        "state.json": canonical_json({"schema": SCHEMA_VERSION, "step": checkpoint.step, **checkpoint.state}).encode(),
+    }
+    for name, data in files.items():
+        store.put(f"{at}/{name}", data)
+    listing = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
+    complete = {"schema": SCHEMA_VERSION, "step": checkpoint.step, "files": listing}
+    store.put(f"{at}/{_COMPLETE}", canonical_json(complete).encode())
+    return at
+
+
+def complete_steps(store: Store) -> list[int]:
+    """Steps of the checkpoints that are complete, ascending."""
+    keys = (e.key.split("/") for e in store.list("checkpoints/"))
+    return sorted(int(parts[1]) for parts in keys if parts[-1] == _COMPLETE)
+
+
+def read_checkpoint(store: Store, step: int | None = None) -> Checkpoint:
+    """A complete checkpoint, the newest by default, hash-checked. Raises MicaclError."""
+    store.check()
+    steps = complete_steps(store)
+    if not steps or (step is not None and step not in steps):
+        raise MicaclError(
+            f"{store.root} has no complete checkpoint{'' if step is None else f' of step {step}'}.",
+            "There is nothing to read.",
+            f"Train first (`micacl train`), or name one of {steps}." if steps else "Train first: `micacl train`.",
+        )
+    at = folder(step if step is not None else steps[-1])
+    complete = json.loads(store.get(f"{at}/{_COMPLETE}"))
+    require_schema(complete.get("schema"), store.url(at))
+    files = {name: _checked(store, f"{at}/{name}", listed) for name, listed in complete["files"].items()}
+    return Checkpoint(
+        int(complete["step"]),
+        safetensors.torch.load(files["model.safetensors"]),
+        safetensors.torch.load(files["optimizer.safetensors"]),
+        json.loads(files["state.json"]),
+    )
+
+
+def _checked(store: Store, key: str, listed: Mapping[str, Any]) -> bytes:
+    try:
+        data = store.get(key)
+    except FileNotFoundError:
+        data = b""
+    if len(data) != listed["bytes"] or digest(data) != listed["sha256"]:
+        raise MicaclError(
+            f"{store.url(key)} is not the file that COMPLETE.json lists.",
+            "Training from it would continue from a damaged state.",
+            "Delete that checkpoint's folder; the run continues from the one before.",
+        )
+    return data
+
+
+def drop_old(store: Store, keep: int) -> None:
+    """Delete all but the newest `keep` complete checkpoints; COMPLETE goes first, so none is ever half there."""
+    for step in complete_steps(store)[:-keep]:
+        at = folder(step)
+        store.delete(f"{at}/{_COMPLETE}")
+        for entry in list(store.list(f"{at}/")):
+            store.delete(entry.key)

@@ -1,0 +1,112 @@
+"""What a training step needs of the machine. `fit` knows this protocol and nothing of Ray or DeepSpeed.
+
+`PlainEngine` is the reference: torch alone, one process or several under gloo or NCCL. cluster/deepspeed_engine.py
+is the other one; a test holds their losses together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from micacl.loss.gather import gather_with_gradient, identity
+from micacl.model.micacl import MICACL, Output
+from micacl.train.optim import OptimConfig, make_optimizer
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+Tensors = dict[str, Tensor]
+
+
+class Engine(Protocol):
+    """One rank of a training run."""
+
+    rank: int
+    ranks: int
+    device: torch.device
+    model: MICACL
+    """The bare model, for its parameters; call the engine, not it."""
+
+    def forward(self, clips_BNCTHW: Tensor) -> Output:
+        """The model on this rank's clips."""
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        """Backward, average gradients over ranks, clip, update."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        """Rows of all ranks, with gradients: see micacl.loss.gather."""
+
+    def mean(self, x: Tensor) -> Tensor:
+        """Mean over ranks, for logs. Every rank must call it."""
+
+    def export_state(self) -> tuple[Tensors, Tensors]:
+        """(weights and buffers, optimiser moments), whole and on the CPU. Every rank must call it."""
+
+    def import_state(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
+        """Continue from an exported state after `step` updates, at any number of ranks."""
+
+
+class PlainEngine:
+    """AdamW on every rank, gradients averaged by all-reduce."""
+
+    def __init__(self, model: MICACL, config: OptimConfig, device: torch.device | None = None) -> None:
+        self.distributed = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if self.distributed else 0
+        self.ranks = dist.get_world_size() if self.distributed else 1
+        self.device = device or torch.device("cpu")
+        self.model = model.to(self.device)
+        self.config = config
+        self.optimizer = make_optimizer(self.model, config)
+
+    def forward(self, clips_BNCTHW: Tensor) -> Output:
+        output: Output = self.model(clips_BNCTHW)
+        return output
+
+    def step(self, loss: Tensor, lr: float) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        if self.distributed:
+            for p in parameters:
+                dist.all_reduce(p.grad)
+                p.grad /= self.ranks  # type: ignore[operator]
+        nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+
+    def gather(self, x: Tensor) -> Tensor:
+        return gather_with_gradient(x) if self.distributed else identity(x)
+
+    def mean(self, x: Tensor) -> Tensor:
+        return mean_over_ranks(x, self.ranks) if self.distributed else x
+
+    def export_state(self) -> tuple[Tensors, Tensors]:
+        weights = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
+        moments = {
+            f"{kind}.{name}": self.optimizer.state[p][kind].detach().cpu().clone()
+            for name, p in self.model.named_parameters()
+            if p in self.optimizer.state
+            for kind in MOMENTS
+        }
+        return weights, moments
+
+    def import_state(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
+        self.model.load_state_dict(dict(weights), strict=True)
+        for name, p in self.model.named_parameters():
+            if f"exp_avg.{name}" in moments:
+                state: Tensors = {kind: moments[f"{kind}.{name}"].to(self.device).clone() for kind in MOMENTS}
+                self.optimizer.state[p] = {**state, "step": torch.tensor(float(step))}
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def mean_over_ranks(x: Tensor, ranks: int) -> Tensor:
+    total = x.detach().clone()
+    dist.all_reduce(total)
+    return total / ranks

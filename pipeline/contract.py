@@ -1,0 +1,235 @@
+"""The nouns of the house, and nothing else (standard library only).
+
+    raw videos --sources--> Video rows --crop--> bags --pack--> shards + index + version --plan/stream--> batches
+
+* *video*: one raw file. *track*: one face followed through a video.
+* *instance clip* (instance): a short run of face-cropped frames of a track.
+* *bag*: all instances of one track in time order; the sample of multi-instance learning.
+* *shard*: one WebDataset tar of bags of one class. *version*: the immutable list of shards that readers see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from enum import StrEnum
+from typing import Any
+
+SCHEMA_VERSION = 1
+"""Of crops, shards, index and version files. A reader refuses any other number in words."""
+
+DFEW_LABELS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
+"""The seven basic expressions in the order of the DFEW label files. Stored as words, never as numbers."""
+
+SPLITS = ("train", "val", "test")
+
+
+class MicaclError(Exception):
+    """Bad input. Says the cause, the consequence and the remedy; a command ends with it and exit code 2."""
+
+    def __init__(self, cause: str, consequence: str, remedy: str) -> None:
+        super().__init__(cause, consequence, remedy)
+        self.cause, self.consequence, self.remedy = cause, consequence, remedy
+
+    def __str__(self) -> str:
+        return f"{self.cause} {self.consequence} {self.remedy}"
+
+
+class Reason(StrEnum):
+    """Why a video was quarantined. A closed list: a new cause gets a new name here and a line in docs/data.md."""
+
+    MISSING = "missing"  # the table names a file that is not there
+    EMPTY = "empty"  # zero bytes
+    TOO_MANY_BYTES = "too_many_bytes"
+    UNREADABLE = "unreadable"  # not a container that FFmpeg knows, or its header is gone
+    NO_VIDEO_STREAM = "no_video_stream"
+    TOO_MANY_PIXELS = "too_many_pixels"
+    TOO_LONG = "too_long"
+    NO_FRAMES = "no_frames"  # a container, but nothing decodes
+    TOO_SHORT = "too_short"
+    NO_FACE = "no_face"
+    TOO_SLOW = "too_slow"  # the work on it passed CropConfig.max_decode_s
+    CRASHED = "crashed"  # the process that decoded it died
+
+
+class Quarantined(Exception):
+    """Raised while a video is worked on; becomes a record with its Reason, never a stop of the run."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+    def __str__(self) -> str:
+        return f"{self.reason.value}: {self.detail}"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Video:
+    """One row of a source: where a raw video lies and what is said about it."""
+
+    url: str
+    """Full URL or absolute path, as pipeline.storage opens it."""
+    name: str
+    """Path inside the bucket: the stable, human name, the same wherever the bucket is mounted."""
+    fingerprint: str = ""
+    """Changes when the content may have changed (size with ETag or mtime). Decides whether to decode again."""
+    label: str | None = None
+    split: str | None = None
+    subject: str | None = None
+
+    @property
+    def id(self) -> str:
+        """16 hex digits, a function of `name` alone."""
+        return digest(self.name.encode())[:16]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CropConfig:
+    """Everything that decides the pixels of a bag. Its hash names the crops, so other settings never mix."""
+
+    size: int = 128
+    """Side of the square crop, pixels."""
+    margin: float = 1.3
+    """Side of the crop over the longer side of the face box."""
+    detect_every: int = 3
+    """Faces are searched in every n-th frame and interpolated between."""
+    detect_side: int = 640
+    """Frames are scaled down (never up) to this long side before detection, pixels."""
+    detect_score: float = 0.6
+    detector: str = "yunet-2023mar"
+    faces: str = "largest"
+    """`largest` keeps one track a video, `all` keeps every track."""
+    instances: int = 4
+    """Instance clips per bag."""
+    frames_per_instance: int = 12
+    """Most frames stored per instance; longer tracks are sub-sampled evenly."""
+    min_frames: int = 4
+    """Tracks with fewer frames than this are dropped; at least one frame for each instance."""
+    jpeg_quality: int = 90
+    max_bytes: int = 512 * 2**20
+    max_pixels: int = 4096 * 2304
+    """Of one frame."""
+    max_seconds: float = 120.0
+    max_decode_s: float = 120.0
+    """CPU seconds that the work on one video may take."""
+
+    def __post_init__(self) -> None:
+        if self.faces not in ("largest", "all"):
+            raise MicaclError(f"--crop.faces is {self.faces!r}.", "Nothing was done.", "Use largest or all.")
+        if self.min_frames < self.instances:
+            raise MicaclError(
+                f"--crop.min-frames {self.min_frames} is below --crop.instances {self.instances}.",
+                "An instance would have no frame.",
+                "Raise min-frames or lower instances.",
+            )
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits over every field and the schema version."""
+        return digest(canonical_json({"schema": SCHEMA_VERSION, **dataclasses.asdict(self)}).encode())[:12]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackConfig:
+    """How bags are cut into shards."""
+
+    max_bags: int = 256
+    """Per shard."""
+    max_bytes: int = 64 * 2**20
+    """Per shard; a single larger bag still gets a shard of its own."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BagMeta:
+    """What is known of a bag besides its pixels; the `<key>.json` member of a shard.
+
+    `label`, `split` and `subject` are None in a crop and filled in by pack: relabelling decodes nothing again.
+    """
+
+    key: str
+    """`<video id>_<track>`: no dots, at most 80 bytes."""
+    video: str
+    """Video.name."""
+    track: int
+    instance_frames: tuple[int, ...]
+    """Stored frames of each instance."""
+    seconds: float
+    """From the first to the last frame of the track."""
+    fps: float
+    """Of the stored frames."""
+    size: int
+    detector: str
+    detector_score: float
+    """Mean over the frames in which a face was searched and found."""
+    crop: str
+    """CropConfig.hash."""
+    boxes: tuple[tuple[float, float, float], ...]
+    """Of each instance: centre x, centre y and side of the square that was cut, in source pixels."""
+    label: str | None = None
+    split: str | None = None
+    subject: str | None = None
+    schema: int = SCHEMA_VERSION
+
+    @property
+    def frames(self) -> int:
+        return sum(self.instance_frames)
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> BagMeta:
+        fields = json.loads(text)
+        require_schema(fields.get("schema"), "a bag")
+        fields["instance_frames"] = tuple(fields["instance_frames"])
+        fields["boxes"] = tuple(tuple(box) for box in fields["boxes"])
+        return cls(**fields)
+
+
+def digest(data: bytes) -> str:
+    """sha256 in hex; the only hash of the house."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical_json(value: Any) -> str:
+    """One JSON text for one value: sorted keys, no spaces, no NaN. Same value, same bytes, same hash."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def require_schema(found: object, what: str) -> None:
+    """Refuse an artefact of another schema version in words. Raises MicaclError."""
+    if found != SCHEMA_VERSION:
+        raise MicaclError(
+            f"Found {what} of schema {found!r}; this release reads schema {SCHEMA_VERSION}.",
+            "Nothing was read from it.",
+            "Use the release that wrote it, or write it again with this one (prepare, export).",
+        )
+
+
+def require_label(label: str, labels: Sequence[str], where: str) -> None:
+    """Refuse a label that is not of the label set, with the nearest names. Raises MicaclError."""
+    if label not in labels:
+        near = get_close_matches(label, labels, n=3, cutoff=0.5)
+        raise MicaclError(
+            f"Unknown label {label!r} in {where}.",
+            "Nothing was written: a clip of no class cannot be used.",
+            f"{'Did you mean ' + ' or '.join(near) + '? ' if near else ''}The label set is {', '.join(labels)}.",
+        )
+
+
+def count_by(rows: Sequence[Mapping[str, Any]], *columns: str) -> dict[str, Any]:
+    """Nested counts, e.g. by split and label, with sorted keys: {split: {label: bags}}."""
+    if not columns:
+        raise ValueError("count_by needs at least one column")
+    out: dict[str, Any] = {}
+    for row in rows:
+        at = out
+        for column in columns[:-1]:
+            at = at.setdefault(str(row[column]), {})
+        last = str(row[columns[-1]])
+        at[last] = at.get(last, 0) + 1
+    return {k: out[k] for k in sorted(out)}

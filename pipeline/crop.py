@@ -1,0 +1,133 @@
+"""One video -> one object: its bags, or the record of why it was quarantined. The dear step, done once.
+
+    <dataset>/crops/<crop hash>/<2 hex>/<video id>.<fingerprint>.tar
+
+The first member is the record; the bags follow, without label, split or subject. One put makes the object, so it
+exists whole or not at all, and a run that finds it decodes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.bags import Bag, video_to_bags
+from pipeline.contract import (
+    SCHEMA_VERSION,
+    CropConfig,
+    Quarantined,
+    Reason,
+    Video,
+    canonical_json,
+    digest,
+    require_schema,
+)
+from pipeline.shards import bag_members, read_bags, read_members, write_members
+from pipeline.storage import Store, open_store, split_url
+
+_HEAD_BYTES = 32 * 1024
+_RECORD = "record.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BagStub:
+    """A bag as the planner of shards needs it."""
+
+    key: str
+    sha256: str
+    """Of its frames' tar blocks: what its content is, whatever its label."""
+    size: int
+    """Bytes of its tar blocks."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CropRecord:
+    """What became of one video."""
+
+    video: str
+    object: str
+    """Key of the crop object in the dataset."""
+    frames: int = 0
+    bad_packets: int = 0
+    reason: str | None = None
+    detail: str = ""
+    bags: tuple[BagStub, ...] = ()
+    schema: int = SCHEMA_VERSION
+
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> CropRecord:
+        fields: dict[str, Any] = json.loads(text)
+        require_schema(fields.get("schema"), "a crop")
+        return cls(**{**fields, "bags": tuple(BagStub(**b) for b in fields["bags"])})
+
+
+def crop_key(video: Video, config: CropConfig) -> str:
+    """Where the crop of a video lies. Other pixels (settings, changed source) have another name."""
+    return f"crops/{config.hash}/{video.id[:2]}/{video.id}.{digest(video.fingerprint.encode())[:8]}.tar"
+
+
+def read_record(store: Store, key: str) -> CropRecord | None:
+    """The record of a crop that is there, by one small read; None if there is none."""
+    try:
+        head = store.read_range(key, 0, _HEAD_BYTES)
+        size = int(head[124:136].rstrip(b"\0 ") or b"0", 8)
+        if 512 + size > len(head):
+            head = store.read_range(key, 0, 512 + size)
+    except FileNotFoundError:
+        return None
+    return CropRecord.from_json(head[512 : 512 + size])
+
+
+def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropRecord, bool]:
+    """Crop one video unless that is done. Returns the record and whether this call did the work."""
+    key = crop_key(video, config)
+    found = read_record(store, key)
+    if found is not None:
+        return found, False
+    bags: list[Bag] = []
+    try:
+        data = _fetch(video, config)
+        bags, report = video_to_bags(data, name=video.name, video_id=video.id, config=config)
+        record = CropRecord(
+            video=video.name,
+            object=key,
+            frames=report.frames,
+            bad_packets=report.bad_packets,
+            detail="; ".join(report.notes),
+            bags=tuple(_stub(bag) for bag in bags),
+        )
+    except Quarantined as why:
+        record = CropRecord(video=video.name, object=key, reason=why.reason.value, detail=why.detail)
+    members = [(_RECORD, record.to_json().encode()), *(m for bag in bags for m in bag_members(bag))]
+    store.put(key, write_members(members) + b"\0" * 1024)
+    return record, True
+
+
+def _fetch(video: Video, config: CropConfig) -> bytes:
+    root, key = split_url(video.url)
+    source = open_store(root)
+    size = source.size(key)
+    if size is None:
+        raise Quarantined(Reason.MISSING, f"{video.url} is not there")
+    if size > config.max_bytes:
+        raise Quarantined(Reason.TOO_MANY_BYTES, f"{size} bytes, the cap is {config.max_bytes}")
+    return source.get(key)
+
+
+def _stub(bag: Bag) -> BagStub:
+    blocks = write_members(bag_members(bag)[:-1])
+    return BagStub(key=bag.meta.key, sha256=digest(blocks), size=len(blocks))
+
+
+def read_crop(store: Store, key: str) -> list[Bag]:
+    """The bags of a crop. Raises MicaclError if it was damaged, FileNotFoundError if it is gone."""
+    data = store.get(key)
+    name, record = next(read_members(data, store.url(key)))
+    assert name == _RECORD, "the first member of a crop is its record"
+    start = 512 + -(-len(record) // 512) * 512
+    return list(read_bags(data[start:], store.url(key)))

@@ -1,0 +1,175 @@
+"""A shard set on storage: its versions and its index.
+
+    <dataset>/versions/000001.json   immutable, written last and only if absent: the commit
+    <dataset>/index/<id>.parquet     one row a bag, one file a shard
+    <dataset>/shards/<split>/<label>/<id>.tar
+
+Readers see what the newest version lists and nothing else. A version holds no time and no machine name, so the same
+inputs give the same bytes. Every file is named with its sha256 in the file that lists it, and checked when read.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.contract import SCHEMA_VERSION, MicaclError, canonical_json, digest, require_schema
+from pipeline.storage import Store, open_store
+
+_VERSION_KEY = re.compile(r"versions/(\d{6})\.json$")
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("key", pa.string()),
+        ("label", pa.string()),
+        ("split", pa.string()),
+        ("subject", pa.string()),
+        ("video", pa.string()),
+        ("shard", pa.string()),
+        ("offset", pa.int64()),
+        ("size", pa.int64()),
+        ("sha256", pa.string()),
+        ("frames", pa.int32()),
+        ("instances", pa.int32()),
+        ("seconds", pa.float64()),
+        ("detector", pa.string()),
+        ("detector_score", pa.float64()),
+        ("crop", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """One version of a shard set, opened for reading."""
+
+    store: Store
+    number: int
+    body: Mapping[str, Any]
+    """The version file: see docs/shard-format.md."""
+    sha256: str
+    index: pa.Table
+    """INDEX_SCHEMA, ordered by shard then offset: the row number is the bag's number everywhere."""
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        return tuple(self.body["labels"])
+
+    def split(self, name: str) -> pa.Table:
+        """The rows of one split. Raises MicaclError if there are none."""
+        rows = self.index.filter(pa.compute.equal(self.index["split"], name))
+        if not rows.num_rows:
+            raise MicaclError(
+                f"{self.store.root} version {self.number} has no bag in split {name!r}.",
+                "There is nothing to read.",
+                f"Choose one of {', '.join(sorted(self.body['counts']))} with --split.",
+            )
+        return rows
+
+
+def version_key(number: int) -> str:
+    return f"versions/{number:06d}.json"
+
+
+def list_versions(store: Store) -> list[int]:
+    """Version numbers, ascending."""
+    return sorted(int(m.group(1)) for e in store.list("versions/") if (m := _VERSION_KEY.search(e.key)))
+
+
+def read_version(store: Store, number: int | None = None) -> tuple[int, dict[str, Any], str]:
+    """(number, body, sha256) of a version, the newest by default. Raises MicaclError if there is none."""
+    store.check()
+    known = list_versions(store)
+    if not known or (number is not None and number not in known):
+        wanted = "no version" if number is None else f"no version {number} (it has {known or 'none'})"
+        raise MicaclError(
+            f"{store.root} has {wanted}.",
+            "It is no dataset that can be read.",
+            "Run `micacl prepare RAW URL` to make one; `micacl status URL` shows what is there.",
+        )
+    number = number or known[-1]
+    data = store.get(version_key(number))
+    body = json.loads(data)
+    require_schema(body.get("schema"), f"{store.url(version_key(number))}")
+    return number, body, digest(data)
+
+
+def open_dataset(url: str, version: int | None = None) -> Dataset:
+    """Open a dataset for reading. Index files are hash-checked. Raises MicaclError."""
+    store = open_store(url)
+    number, body, sha256 = read_version(store, version)
+
+    def load(shard: Mapping[str, Any]) -> pa.Table:
+        return read_index(get_checked(store, shard["index"]["path"], shard["index"]["sha256"]))
+
+    with ThreadPoolExecutor(8) as pool:
+        tables = list(pool.map(load, body["shards"]))
+    index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
+    return Dataset(store, number, body, sha256, index.combine_chunks())
+
+
+def get_checked(store: Store, key: str, sha256: str) -> bytes:
+    """The object, if its bytes are the ones that were listed. Raises MicaclError."""
+    try:
+        data = store.get(key)
+    except FileNotFoundError as error:
+        raise _lost(store, key, "is missing") from error
+    if digest(data) != sha256:
+        raise _lost(store, key, f"has sha256 {digest(data)[:12]}… and {len(data)} bytes, listed is {sha256[:12]}…")
+    return data
+
+
+def _lost(store: Store, key: str, what: str) -> MicaclError:
+    return MicaclError(
+        f"{store.url(key)} {what}.",
+        "It was changed or deleted after the version was committed, so nothing of it is used.",
+        "Delete the object and run the same `micacl prepare` again: it makes missing shards anew from the crops.",
+    )
+
+
+def write_index(rows: list[dict[str, Any]]) -> bytes:
+    """Parquet bytes of index rows. Same rows, same bytes."""
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, schema=INDEX_SCHEMA), out, compression="zstd", store_schema=True)
+    return out.getvalue()
+
+
+def read_index(data: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(data)).cast(INDEX_SCHEMA)
+
+
+def commit(store: Store, body: dict[str, Any]) -> tuple[int, bool]:
+    """Make `body` the next version unless the newest one says the same already.
+
+    Returns (version number, whether it was written). Raises MicaclError if somebody else committed meanwhile.
+    """
+    known = list_versions(store)
+    if known:
+        number, newest, _ = read_version(store, known[-1])
+        if {k: v for k, v in newest.items() if k not in ("version", "parent")} == json.loads(canonical_json(body)):
+            return number, False
+    number = (known[-1] if known else 0) + 1
+    full = {**body, "version": number, "parent": known[-1] if known else None}
+    if not store.put_if_absent(version_key(number), canonical_json(full).encode()):
+        raise MicaclError(
+            f"Somebody else committed version {number} of {store.root} first.",
+            "Your version was not written and nothing of theirs was touched; your crops and shards are kept.",
+            "Run the same command again: it will commit on top of theirs without decoding anything twice.",
+        )
+    return number, True
+
+
+def version_body(
+    *, labels: tuple[str, ...], shards: list[dict[str, Any]], rows: dict[str, Any], **rest: Any
+) -> dict[str, Any]:
+    """The body of a version file, without its number and parent."""
+    ordered = sorted(shards, key=lambda s: s["path"])
+    return {"schema": SCHEMA_VERSION, "labels": list(labels), "shards": ordered, "counts": rows, **rest}

@@ -1,0 +1,350 @@
+"""One portrait in, moving faces out: pure functions that draw the clips of the demo.
+
+    portrait -> resting face (smile undone) -> subject (look and shape) -> clip (expression over time) -> frames
+
+The portrait is `astronaut.png` of scikit-image: Eileen Collins, photographed by NASA, public domain. The photograph
+smiles, so the lips are closed and the mouth relaxed once; every clip starts from there. A face moves by a dense smooth
+displacement: a weighted sum of *units*, each a few Gaussian bumps set at landmarks (inner brow, mouth corner, ...).
+They are loosely named after facial actions and are drawn to look different, not to be anatomy. Only the movement
+carries the class: subject, light, head motion, blink, speed, length and noise are drawn without looking at it.
+
+The data shows that the software works. It says nothing about real faces.
+
+Shapes: T frames, H rows, W columns, U units; 2 is (x, y) in pixels; 3 is RGB. Landmarks are in portrait pixels.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from types import MappingProxyType
+from typing import Final
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.contract import DFEW_LABELS, MicaclError, require_label
+
+Floats = npt.NDArray[np.float32]
+Bytes = npt.NDArray[np.uint8]
+
+PORTRAIT_SIDE: Final = 256
+"""Side of the head and shoulders that are cut from the photograph, pixels."""
+FACE: Final = (64, 60, 196, 204)
+"""Left, top, right, bottom of the part of the portrait that units may move, pixels."""
+MIDDLE_X: Final = 128.0
+"""Column of the nose, pixels."""
+MOUTH: Final = (127.0, 145.0, 17.5)
+"""Centre x, centre y and half width of the closed mouth at rest, pixels."""
+
+# x, y, dx, dy, sigma x, sigma y of a push; the bump of `PAIRED` units is mirrored about the nose.
+Bump = tuple[float, float, float, float, float, float]
+PAIRED: Final[Mapping[str, tuple[Bump, ...]]] = MappingProxyType(
+    {
+        "inner_brow_up": ((114, 90, 0.5, -6, 7, 6.5),),
+        "outer_brow_up": ((99, 88, 0, -5, 9, 6.5),),
+        "brow_knit": ((114, 91, 5, 5, 9, 7), (99, 89, 3, 1.5, 9, 7)),
+        "cheek_up": ((100, 121, 0, -4, 12, 8), (106, 107, 0, -2.5, 10, 4)),
+        "nose_wrinkle": ((117, 124, 1, -6, 7, 9), (116, 106, 2, 3, 7, 6)),
+        "upper_lip_up": ((118, 138, -1, -5, 8, 5),),
+        "corner_up": ((108, 144, -8, -6, 9, 9), (98, 134, -2, -3, 10, 9)),
+        "corner_down": ((109, 146, -1, 8, 8, 9),),
+        "lip_stretch": ((109, 146, -9, 2, 9, 7), (98, 150, -3, 1, 10, 12)),
+        "lip_press": ((111, 145, 6, 0, 9, 7),),
+    }
+)
+SINGLE: Final[Mapping[str, tuple[Bump, ...]]] = MappingProxyType(
+    {
+        "chin_up": ((128, 155, 0, -5, 16, 8), (128, 168, 0, -3, 18, 9)),
+        "jaw_drop": ((128, 174, 0, 8, 30, 18),),
+    }
+)
+EYES: Final = ((107.0, 101.5), (150.0, 103.5))
+UNITS: Final = (*PAIRED, *SINGLE, "lids_close", "lips_thin")
+
+# At the apex: weight of each unit, and `open`: height of the mouth opening, pixels.
+EXPRESSIONS: Final[Mapping[str, Mapping[str, float]]] = MappingProxyType(
+    {
+        "happy": {"corner_up": 1.1, "cheek_up": 1.1, "lids_close": 0.4, "open": 7},
+        "sad": {"inner_brow_up": 0.9, "corner_down": 1.3, "chin_up": 0.9, "lids_close": 0.8},
+        "neutral": {},
+        "angry": {"brow_knit": 1.3, "lip_press": 1.0, "lips_thin": 0.9, "lids_close": 0.3, "chin_up": 0.3},
+        "surprise": {"inner_brow_up": 1.0, "outer_brow_up": 1.1, "lids_close": -0.2, "jaw_drop": 1.2, "open": 18},
+        "disgust": {"nose_wrinkle": 1.2, "upper_lip_up": 1.2, "lids_close": 1.0, "brow_knit": 0.5, "open": 4},
+        "fear": {"inner_brow_up": 1.1, "brow_knit": 0.5, "lids_close": -0.2, "lip_stretch": 1.1, "open": 9},
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Subject:
+    """One look of the resting face; everything that stays the same from clip to clip of a person."""
+
+    portrait_HW3: Bytes
+    """Resting face in this subject's colours, before its shape is applied."""
+    shape_HW2: Floats
+    """For each pixel of the subject the pixel of the portrait that it shows."""
+    light: float
+    """Brightness of the skin, and so of what shows between open lips; 1 is the photograph."""
+
+
+def load_portrait() -> Bytes:
+    """Head and shoulders of the photograph, (256, 256, 3) RGB. Raises MicaclError where scikit-image is missing."""
+    remedy = "Install it: pip install 'micacl[demo]'."
+    nothing = "The demo has no face to draw."
+    try:
+        package = importlib.metadata.distribution("scikit-image")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise MicaclError("The package scikit-image is not installed.", nothing, remedy) from error
+    path = str(package.locate_file("skimage/data/astronaut.png"))
+    image_HW3 = cv2.imread(path, cv2.IMREAD_COLOR)
+    if image_HW3 is None:
+        raise MicaclError(f"{path} is missing or is no image.", nothing, remedy)
+    return np.ascontiguousarray(image_HW3[:PORTRAIT_SIDE, 96 : 96 + PORTRAIT_SIDE, ::-1])
+
+
+def make_subject(rng: np.random.Generator) -> Subject:
+    """A person: skin, hair, background, light, shape of the face, mirrored or not. Never touches motion."""
+    face_HW3: Floats = resting_portrait().astype(np.float32) / np.float32(255)
+    skin_HW1, hair_HW1, back_HW1 = portrait_masks()
+    tone_3 = np.array([1.0, 0.96, 0.92]) ** rng.uniform(-1, 4) * rng.uniform(0.62, 1.04)
+    hair_3 = rng.uniform(0.25, 1.05) * np.array([1, rng.uniform(0.85, 1.05), rng.uniform(0.7, 1.3)])
+    face_HW3 *= (1 + skin_HW1 * (tone_3 - 1)) * (1 + hair_HW1 * (hair_3 - 1))
+    face_HW3 += back_HW1 * (backdrop(rng) - face_HW3)
+    contrast, brightness = rng.uniform(0.82, 1.12), rng.uniform(-0.05, 0.05)
+    face_HW3 = blur((face_HW3 - 0.5) * np.float32(contrast) + np.float32(0.5 + brightness), rng.uniform(0.1, 0.8))
+    portrait_HW3 = (np.clip(face_HW3, 0, 1) * 255).round().astype(np.uint8)
+    return Subject(portrait_HW3=portrait_HW3, shape_HW2=face_shape(rng), light=float(tone_3.mean()))
+
+
+def render_clip(subject: Subject, label: str, frames: int, side: int, rng: np.random.Generator) -> Bytes:
+    """Draw one clip that starts at rest: (T, side, side, 3) RGB. Raises MicaclError for an unknown label."""
+    require_label(label, DFEW_LABELS, "a demo clip")
+    weights_TU, open_T = expression_course(label, frames, rng)
+    head_T23 = head_motion(frames, side, rng)
+    light_T = 1 + drift(frames, rng) * 0.08
+    grain_HW = rng.normal(0, rng.uniform(1.0, 2.5), (2 * side, 2 * side)).astype(np.float32)
+    out_THW3 = np.empty((frames, side, side, 3), np.uint8)
+    for t in range(frames):
+        posed_HW3 = pose_face(subject, weights_TU[t], float(open_T[t]))
+        seen_HW3 = warp(posed_HW3, turned(subject.shape_HW2, head_T23[t], side), cv2.INTER_LINEAR)
+        y, x = rng.integers(0, side, 2)
+        noisy_HW3 = seen_HW3 * np.float32(light_T[t]) + grain_HW[y : y + side, x : x + side, None]
+        out_THW3[t] = np.clip(noisy_HW3, 0, 255)
+    return out_THW3
+
+
+def expression_course(label: str, frames: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+    """Weights of the units (T, U) and mouth opening in pixels (T,): rest, onset, apex, often an offset; and a blink."""
+    apex = EXPRESSIONS[label]
+    strength = rng.uniform(0.9, 1.15)
+    onset, rise = rng.uniform(0.08, 0.25), rng.uniform(0.15, 0.35)
+    fade, fall = rng.uniform(0.7, 0.95), rng.uniform(0.15, 0.3)
+    back = rng.uniform(0.0, 1.0)  # how much of the way back to rest, were the clip long enough
+    time_T = np.arange(frames) / max(frames - 1, 1)
+
+    def course(lag: float) -> Floats:
+        up_T = smooth_step((time_T - onset - lag) / rise)
+        down_T = smooth_step((time_T - fade - lag) / fall)
+        return (strength * up_T * (1 - back * down_T)).astype(np.float32)
+
+    weights_TU = np.zeros((frames, len(UNITS)), np.float32)
+    for u, unit in enumerate(UNITS):
+        jitter, lag, idle = rng.uniform(0.85, 1.15), rng.uniform(0, 0.06), rng.uniform(0, 0.12)
+        weights_TU[:, u] = apex.get(unit, 0.0) * jitter * course(lag) + idle * drift(frames, rng)
+    blink_T = rng.uniform(0, 1.6) * np.exp(-(((time_T - rng.uniform(0.05, 1.2)) / 0.05) ** 2))
+    lids = UNITS.index("lids_close")
+    weights_TU[:, lids] = np.clip(weights_TU[:, lids] + blink_T, -0.6, 2.1)
+    idle_open_T = np.maximum(drift(frames, rng) - 0.3, 0)
+    return weights_TU, apex.get("open", 0.0) * rng.uniform(0.85, 1.15) * course(0.03) + idle_open_T
+
+
+def pose_face(subject: Subject, weights_U: Floats, mouth_open: float) -> Bytes:
+    """The portrait with its face moved, before shape and head motion, (256, 256, 3) RGB."""
+    left, top, right, bottom = FACE
+    grid_HW2 = pixel_grid()[top:bottom, left:right]
+    source_HW2 = grid_HW2 - np.einsum("u,uhwc->hwc", weights_U, unit_fields())
+    depth_HW, under_HW = part_lips(source_HW2, mouth_open)
+    moved_HW3 = warp(subject.portrait_HW3, source_HW2, cv2.INTER_CUBIC)
+    if mouth_open > 0.2:
+        moved_HW3 = paint_mouth(moved_HW3, depth_HW, under_HW, subject.light)
+    posed_HW3 = subject.portrait_HW3.copy()
+    posed_HW3[top:bottom, left:right] = moved_HW3
+    return posed_HW3
+
+
+def part_lips(source_HW2: Floats, mouth_open: float) -> tuple[Floats, Floats]:
+    """Move what lies above and below the closed mouth apart, in place.
+
+    Returns for each pixel how deep it lies in the opening and how far under the upper lip, both in pixels.
+    """
+    centre_x, centre_y, half_width = MOUTH
+    u_HW = np.abs(source_HW2[..., 0] - centre_x) / half_width
+    gap_HW = mouth_open * np.sqrt(np.clip(1 - u_HW**2, 0, 1))
+    up_HW, down_HW = 0.25 * gap_HW, 0.75 * gap_HW
+    y_HW = source_HW2[..., 1] - centre_y
+    lift_HW = up_HW * np.exp(-(((y_HW + up_HW) / 9) ** 2))
+    drop_HW = down_HW * np.exp(-(((y_HW - down_HW) / 16) ** 2))
+    source_HW2[..., 1] += np.where(y_HW < 0.25 * gap_HW, lift_HW, -drop_HW)
+    height_HW = np.where(y_HW < 0, 0.25, 0.75) * (mouth_open + 0.01)
+    depth_HW = (1 - np.hypot(u_HW, y_HW / height_HW)) * np.minimum(height_HW, half_width)
+    depth_HW = np.minimum(depth_HW, (1 - u_HW) * half_width)
+    return depth_HW.astype(np.float32), y_HW + up_HW
+
+
+def paint_mouth(face_HW3: Bytes, depth_HW: Floats, under_HW: Floats, light: float) -> Bytes:
+    """Fill the opening between the lips: dark, with the upper teeth in it; edges are soft."""
+    inside_3, teeth_3 = light * np.array([[72, 26, 28], [216, 208, 190]], np.float32)
+    tooth_HW1 = (np.clip((4.5 - under_HW) / 1.5, 0, 1) * np.clip(under_HW, 0, 1))[..., None]
+    alpha_HW1 = np.clip(depth_HW + 0.5, 0, 1)[..., None]
+    mouth_HW3 = inside_3 + tooth_HW1 * (teeth_3 - inside_3)
+    return np.asarray(face_HW3 + alpha_HW1 * (mouth_HW3 - face_HW3), np.uint8)
+
+
+def head_motion(frames: int, side: int, rng: np.random.Generator) -> Floats:
+    """(T, 2, 3): for each frame the affine map from the pixels of the frame to those of the subject."""
+    start_4 = rng.uniform(-1, 1, 4) * (7.0, 5.0, 4.0, 0.05)  # pixels, pixels, degrees, ratio
+    sway_4 = rng.uniform(0.2, 1, 4) * (4.0, 3.0, 3.0, 0.03)
+    path_T4 = start_4 + sway_4 * np.stack([drift(frames, rng) for _ in range(4)], 1)
+    out_T23 = np.empty((frames, 2, 3), np.float32)
+    for t, (dx, dy, degrees, zoom) in enumerate(path_T4):
+        out_T23[t] = cv2.getRotationMatrix2D((MIDDLE_X, 128.0), float(degrees), 1 + float(zoom))
+        out_T23[t, :, 2] += dx, dy
+        out_T23[t, :, :2] *= PORTRAIT_SIDE / side
+    return out_T23
+
+
+def face_shape(rng: np.random.Generator) -> Floats:
+    """(256, 256, 2): wider or longer face, eyes apart, mouth height, jaw width, mirrored or not."""
+    grid_HW2 = pixel_grid()
+    wide, tall = rng.uniform(0.9, 1.12), rng.uniform(0.93, 1.08)
+    map_HW2 = (grid_HW2 - (MIDDLE_X, 128)) / (wide, tall) + (MIDDLE_X, 128)
+    eyes, mouth, jaw = rng.uniform(-3, 3), rng.uniform(-3, 3), rng.uniform(-4, 4)
+    bumps = [(x, y, eyes * np.sign(x - MIDDLE_X), 0.0, 14.0, 16.0) for x, y in EYES]
+    bumps += [(MIDDLE_X, 146.0, 0.0, mouth, 24.0, 14.0)]
+    bumps += [(128.0 + s * 40, 158.0, s * jaw, 0.0, 16.0, 24.0) for s in (-1, 1)]
+    map_HW2 -= sum(bump_field(map_HW2.astype(np.float32), bump) for bump in bumps)
+    if rng.random() < 0.5:
+        map_HW2 = map_HW2[:, ::-1]
+    return np.ascontiguousarray(map_HW2, np.float32)
+
+
+def backdrop(rng: np.random.Generator) -> Floats:
+    """(256, 256, 3): a colour that changes slowly over the background, 0 to 1."""
+    ends_23 = rng.uniform(0.2, 0.9, (2, 1)) + rng.uniform(-0.12, 0.12, (2, 3))
+    angle = rng.uniform(0, 2 * np.pi)
+    slope_HW = pixel_grid() @ np.array([np.cos(angle), np.sin(angle)], np.float32)
+    mix_HW1 = ((slope_HW - slope_HW.min()) / np.ptp(slope_HW))[..., None]
+    return np.asarray(ends_23[0] * (1 - mix_HW1) + ends_23[1] * mix_HW1, np.float32)
+
+
+@cache
+def portrait_masks() -> tuple[Floats, Floats, Floats]:
+    """Where the portrait is skin, hair and background: three (256, 256, 1), 0 to 1, soft at the edges."""
+    hair = [(58, 74), (64, 48), (92, 38), (94, 26), (130, 15), (168, 28), (196, 56), (206, 82), (200, 106), (190, 122)]
+    hair += [(178, 130), (172, 112), (170, 90), (156, 86), (140, 81), (120, 79), (98, 79), (90, 74), (87, 98)]
+    hair += [(84, 116), (74, 116), (60, 100)]
+    skin = [(90, 74), (98, 79), (120, 79), (140, 81), (156, 86), (170, 90), (173, 112), (180, 130), (172, 136)]
+    skin += [(166, 160), (157, 172), (157, 186), (140, 192), (116, 188), (92, 180), (89, 150), (85, 131), (76, 118)]
+    skin += [(86, 112)]
+    seeds = ((2, 2), (253, 2), (30, 120), (230, 120), (240, 200))
+    flood_HW = np.zeros((PORTRAIT_SIDE + 2, PORTRAIT_SIDE + 2), np.uint8)
+    smooth_HW3, step = cv2.GaussianBlur(load_portrait(), (0, 0), 1.0), (3, 3, 3)
+    for seed in seeds:
+        cv2.floodFill(smooth_HW3, flood_HW, seed, (0, 0, 0), step, step, 4 | cv2.FLOODFILL_MASK_ONLY)
+    drawn = [cv2.fillPoly(np.zeros((256, 256), np.float32), [np.array(p, np.int32)], 1.0) for p in (skin, hair)]
+    near_hair = np.ones((5, 5), np.uint8)  # the light fringe around the head belongs to the old background
+    drawn.append(cv2.dilate(flood_HW[1:-1, 1:-1], near_hair).astype(np.float32))
+    skin_HW1, hair_HW1, back_HW1 = (blur(np.asarray(mask, np.float32), 1.5)[..., None] for mask in drawn)
+    return skin_HW1, hair_HW1, back_HW1
+
+
+@cache
+def resting_portrait() -> Bytes:
+    """The photograph with its lips closed over the teeth and its smile undone, (256, 256, 3) RGB."""
+    grid_HW2 = pixel_grid()
+    # Two steps back from rest to the photograph: relax the corners, then skip the band of teeth.
+    relax: tuple[Bump, ...] = ((107, 141, 7, 6, 9, 9), (98, 132, 1.5, 2, 8, 8))
+    source_HW2 = grid_HW2 - sum(bump_field(grid_HW2, b) for bump in relax for b in (bump, mirrored(bump)))
+    u_HW = (source_HW2[..., 0] - 128) / 22
+    arch_HW = np.clip(1 - u_HW**2, 0, 1)
+    y_HW = source_HW2[..., 1] - (140 + 5.5 * arch_HW)
+    teeth_HW = 4.4 * arch_HW
+    side_HW = np.clip(y_HW / 0.6, -1, 1)
+    source_HW2[..., 1] += side_HW * teeth_HW * np.exp(-((y_HW / 12) ** 2))
+    return warp(load_portrait(), source_HW2, cv2.INTER_CUBIC)
+
+
+@cache
+def unit_fields() -> Floats:
+    """(U, H, W, 2): how far each unit at weight 1 pushes each pixel of FACE."""
+    left, top, right, bottom = FACE
+    grid_HW2 = pixel_grid()[top:bottom, left:right]
+    pushes = [[b for bump in bumps for b in (bump, mirrored(bump))] for bumps in PAIRED.values()]
+    pushes += [list(bumps) for bumps in SINGLE.values()]
+    fields = [np.sum([bump_field(grid_HW2, bump) for bump in bumps], axis=0) for bumps in pushes]
+    fields.append(np.sum([squash_field(grid_HW2, x, y, 11, 6) for x, y in EYES], axis=0))
+    fields.append(squash_field(grid_HW2, MOUTH[0], MOUTH[1], 20, 7))
+    return np.stack(fields).astype(np.float32)
+
+
+def warp(image_HW3: Bytes, source_HW2: Floats, interpolation: int) -> Bytes:
+    """(H, W, 3): for each pixel of the map the colour of the image there; beyond its edge the image is mirrored."""
+    edge = cv2.BORDER_REFLECT_101
+    # The stub does not know that a map of two channels has no second map.
+    out_HW3 = cv2.remap(image_HW3, source_HW2, None, interpolation, borderMode=edge)  # type: ignore[call-overload]
+    return np.asarray(out_HW3, np.uint8)
+
+
+def turned(map_HW2: Floats, head_23: Floats, side: int) -> Floats:
+    """(side, side, 2): the map of a subject as seen after the head has moved."""
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    seen_HW2 = cv2.warpAffine(map_HW2, head_23, (side, side), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+    return np.asarray(seen_HW2, np.float32)
+
+
+def blur(image: Floats, sigma: float) -> Floats:
+    return np.asarray(cv2.GaussianBlur(image, (0, 0), sigma), np.float32)
+
+
+def bump_field(grid_HW2: Floats, bump: Bump) -> Floats:
+    """(H, W, 2): a push of (dx, dy) that fades like a Gaussian."""
+    x, y, dx, dy, sigma_x, sigma_y = bump
+    z_HW2 = (grid_HW2 - np.array([x, y], np.float32)) / np.array([sigma_x, sigma_y], np.float32)
+    return np.asarray(np.exp(-0.5 * (z_HW2**2).sum(-1, keepdims=True)) * (dx, dy), np.float32)
+
+
+def squash_field(grid_HW2: Floats, x: float, y: float, sigma_x: float, sigma_y: float) -> Floats:
+    """(H, W, 2): a pull of rows towards row y. The picture folds over at a weight of 2.24."""
+    pull_HW2 = bump_field(grid_HW2, (x, y, 0, -1, sigma_x, sigma_y))
+    return np.asarray(pull_HW2 * (grid_HW2[..., 1:] - y), np.float32)
+
+
+def mirrored(bump: Bump) -> Bump:
+    """The same push on the other side of the nose. The head leans a little: that side lies two pixels lower."""
+    x, y, dx, dy, sigma_x, sigma_y = bump
+    return 2 * MIDDLE_X - x, y + 2 * abs(x - MIDDLE_X) / 21, -dx, dy, sigma_x, sigma_y
+
+
+@cache
+def pixel_grid() -> Floats:
+    """(256, 256, 2): x and y of every pixel of the portrait."""
+    y_HW, x_HW = np.mgrid[:PORTRAIT_SIDE, :PORTRAIT_SIDE].astype(np.float32)
+    return np.stack([x_HW, y_HW], -1)
+
+
+def drift(frames: int, rng: np.random.Generator) -> Floats:
+    """(T,): a slow wander that starts at 0 and stays within about -1 to 1."""
+    time_T = np.arange(frames) / 25
+    hertz_3, phase_3 = rng.uniform(0.2, 1.2, 3), rng.uniform(0, 2 * np.pi, 3)
+    waves_T3 = np.sin(2 * np.pi * hertz_3 * time_T[:, None] + phase_3) - np.sin(phase_3)
+    return np.asarray(waves_T3.mean(1), np.float32)
+
+
+def smooth_step(x: npt.ArrayLike) -> Floats:
+    """0 below 0, 1 above 1, smooth between."""
+    z = np.clip(np.asarray(x, np.float32), 0, 1)
+    return z * z * (3 - 2 * z)

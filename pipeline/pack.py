@@ -1,0 +1,164 @@
+"""Bags -> shards. First a plan (pure), then one shard for each row of the plan (idempotent).
+
+Shards are class-pure: a balanced epoch streams the head classes once and keeps the tail's shards at hand. Which bags
+go together is a function of their keys alone; a shard's name is a hash of what goes in, so equal inputs meet equal
+names and a shard that is there with its index is not made again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.bags import Bag
+from pipeline.contract import SCHEMA_VERSION, BagMeta, MicaclError, PackConfig, Video, canonical_json, digest
+from pipeline.crop import CropRecord, read_crop
+from pipeline.dataset import read_index, write_index
+from pipeline.shards import Span, write_shard
+from pipeline.storage import Store
+
+UNLABELLED = "unlabelled"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One bag of a planned shard."""
+
+    key: str
+    sha256: str
+    size: int
+    crop: str
+    """Key of the crop object it lies in."""
+    subject: str | None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardPlan:
+    """What goes into one shard."""
+
+    split: str
+    label: str
+    members: tuple[Member, ...]
+
+    @property
+    def id(self) -> str:
+        """32 hex digits over everything that decides the shard's bytes."""
+        said = [(m.key, m.sha256, m.subject) for m in self.members]
+        return digest(canonical_json([SCHEMA_VERSION, self.split, self.label, said]).encode())[:32]
+
+    @property
+    def path(self) -> str:
+        return f"shards/{self.split}/{self.label}/{self.id}.tar"
+
+    @property
+    def index_path(self) -> str:
+        return f"index/{self.id}.parquet"
+
+
+def plan_shards(
+    records: Iterable[tuple[Video, str, CropRecord]], config: PackConfig
+) -> list[ShardPlan]:
+    """Group bags by split and label, order them by key and cut them by count and bytes.
+
+    Args:
+        records: of each video that was written: the video, its split and its record.
+    """
+    groups: dict[tuple[str, str], list[Member]] = {}
+    for video, split, record in records:
+        group = groups.setdefault((split, _folder_name(video.label or UNLABELLED)), [])
+        group += [
+            Member(key=b.key, sha256=b.sha256, size=b.size, crop=record.object, subject=video.subject)
+            for b in record.bags
+        ]
+    return [
+        ShardPlan(split=split, label=label, members=tuple(part))
+        for (split, label), members in sorted(groups.items())
+        for part in _cut(sorted(members, key=lambda m: m.key), config)
+    ]
+
+
+def _folder_name(label: str) -> str:
+    if "/" in label or label in (".", "..") or not label.isprintable():
+        raise MicaclError(f"The label {label!r} cannot name a folder.", "Nothing was packed.", "Rename it: no slash.")
+    return label
+
+
+def _cut(members: Sequence[Member], config: PackConfig) -> Iterator[list[Member]]:
+    part: list[Member] = []
+    for member in members:
+        full = len(part) >= config.max_bags or sum(m.size for m in part) + member.size > config.max_bytes
+        if part and full:
+            yield part
+            part = []
+        part.append(member)
+    if part:
+        yield part
+
+
+def pack_shard(plan: ShardPlan, store: Store) -> tuple[dict[str, Any], bool]:
+    """Write one shard and its index file unless both are there. Returns its entry in the version, and whether it wrote.
+
+    The index file is put last: it is the shard's done-mark and carries the shard's size and hash.
+    """
+    try:
+        data = store.get(plan.index_path)
+        if store.exists(plan.path):
+            return _entry(plan, data), False
+    except FileNotFoundError:
+        pass
+    bags = list(_gather(plan, store))
+    tar, spans = write_shard(bags)
+    data = write_index([_row(bag.meta, span, plan) for bag, span in zip(bags, spans, strict=True)])
+    store.put(plan.path, tar)
+    store.put(plan.index_path, data)
+    return _entry(plan, data), True
+
+
+def _gather(plan: ShardPlan, store: Store) -> Iterator[Bag]:
+    """The plan's bags in its order, with what the table says of them."""
+    for member in plan.members:
+        bag = next((b for b in read_crop(store, member.crop) if b.meta.key == member.key), None)
+        if bag is None:
+            raise MicaclError(
+                f"{store.url(member.crop)} does not hold the bag {member.key}.",
+                "The shard was not written.",
+                "Delete that crop and run the same command again.",
+            )
+        label = None if plan.label == UNLABELLED else plan.label
+        yield Bag(dataclasses.replace(bag.meta, label=label, split=plan.split, subject=member.subject), bag.jpegs)
+
+
+def _row(meta: BagMeta, span: Span, plan: ShardPlan) -> dict[str, Any]:
+    return {
+        "key": meta.key,
+        "label": plan.label,
+        "split": plan.split,
+        "subject": meta.subject,
+        "video": meta.video,
+        "shard": plan.path,
+        "offset": span.offset,
+        "size": span.size,
+        "sha256": span.sha256,
+        "frames": meta.frames,
+        "instances": len(meta.instance_frames),
+        "seconds": meta.seconds,
+        "detector": meta.detector,
+        "detector_score": meta.detector_score,
+        "crop": meta.crop,
+    }
+
+
+def _entry(plan: ShardPlan, index: bytes) -> dict[str, Any]:
+    """The shard in the version file. Its bags are hashed one by one in the index, whose hash stands here."""
+    rows = read_index(index)
+    last = rows.num_rows - 1
+    return {
+        "path": plan.path,
+        "split": plan.split,
+        "label": plan.label,
+        "bags": rows.num_rows,
+        "bytes": rows["offset"][last].as_py() + rows["size"][last].as_py() + 1024,
+        "index": {"path": plan.index_path, "sha256": digest(index)},
+    }

@@ -1,0 +1,80 @@
+"""Join the Ray cluster we were told of, or start a private one on this machine and leave nothing behind.
+
+A private cluster listens on loopback, asks for a token that only this process tree knows, keeps its files in a
+temporary folder of its own, and is gone with the folder when the block ends. `RAY_ADDRESS` (set inside
+`ray job submit`) or a given address means: join.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+
+@contextlib.contextmanager
+def ray_session(*, address: str | None = None, num_cpus: int | None = None, object_store_mb: int = 400) -> Iterator[str]:
+    """Yield `joined` or `private`. Everything that was started here is stopped at the end.
+
+    Args:
+        num_cpus: of a private cluster; None takes all cores.
+        object_store_mb: shared memory of a private cluster. Rows are small here, so little is needed.
+    """
+    if address or os.environ.get("RAY_ADDRESS"):
+        import ray
+
+        if ray.is_initialized():
+            yield "joined"
+            return
+        ray.init(address=address or "auto", log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            yield "joined"
+        finally:
+            ray.shutdown()
+        return
+    with _private_files() as folder:
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=num_cpus,
+            object_store_memory=object_store_mb * 2**20,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(folder),
+        )
+        try:
+            yield "private"
+        finally:
+            ray.shutdown()
+
+
+@contextlib.contextmanager
+def _private_files() -> Iterator[Path]:
+    """A short folder (Unix sockets allow 107 bytes) with a token in it, and the environment that points there."""
+    folder = Path(tempfile.mkdtemp(prefix="micacl-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    token = folder / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    wanted = {**_QUIET, "RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield folder
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        shutil.rmtree(folder, ignore_errors=True)
