@@ -72,9 +72,22 @@ def _private_files() -> Iterator[Path]:
     wanted = {**_QUIET, "RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
+    _read_auth_again()
     try:
         yield folder
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
+        _read_auth_again()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_auth_again() -> None:
+    """Ray reads its authentication mode once, when it is imported, which may have been before our token was there.
+
+    These two names are internal to Ray 2.60; its own tests use them for the same purpose.
+    """
+    from ray._raylet import AuthenticationTokenLoader, Config
+
+    Config.initialize("")
+    AuthenticationTokenLoader.instance().reset_cache()
