@@ -81,7 +81,7 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     with ray_session(address=args.address, num_cpus=cpus):
         return {
             "recipe": name,
-            **job(absolute(args.dataset), absolute(args.run), args.config, args.scaling, args.version),
+            **job(absolute(args.dataset), absolute(args.run), args.config, args.scaling, args.version, say),
         }
 
 

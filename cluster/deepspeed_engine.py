@@ -70,6 +70,8 @@ class DeepSpeedEngine:
                 "wall_clock_breakdown": False,
             },
         )[0]
+        if self._sharded:
+            self._make_states(0)
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
         x_BNCTHW = clips_BNCTHW.bfloat16() if self.bf16 else clips_BNCTHW
@@ -123,7 +125,10 @@ class DeepSpeedEngine:
         return hasattr(self._engine.optimizer, "single_partition_of_fp32_groups")
 
     def _make_states(self, step: int) -> None:
-        """Moments exist only after the first update; they must before they can be set."""
+        """Zero moments for every parameter group, linked to the parameters.
+
+        DeepSpeed links them after the first group's first update, when the other groups have none yet.
+        """
         zero = self._engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}

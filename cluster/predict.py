@@ -24,6 +24,7 @@ from micacl.bundle import load_bundle
 from micacl.predictor import Predictor
 from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import CropConfig, MicaclError, Quarantined, Reason, Video, canonical_json, digest
+from pipeline.prepare import quiet_ray_data
 from pipeline.shards import read_bags, write_shard
 from pipeline.sources import list_videos
 from pipeline.storage import open_store, split_url
@@ -74,8 +75,7 @@ def _with_faces(crop: CropConfig, faces: str) -> CropConfig:
 def _run(
     rows: list[dict[str, Any]], bundle_url: str, crop: CropConfig, *, workers: int, gpu: bool
 ) -> Iterator[dict[str, Any]]:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    quiet_ray_data()
 
     def crop_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
         done = [_crop_one(str(u), str(n), crop) for u, n in zip(batch["url"], batch["name"], strict=True)]

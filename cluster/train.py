@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import logging
 import secrets
-import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -23,6 +23,7 @@ import torch
 import tyro
 
 from cluster.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
+from cluster.progress import relay
 from micacl.bundle import run_state
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.loss.objective import Objective
@@ -84,7 +85,9 @@ class TrainArgs:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
-def train(dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None) -> dict[str, Any]:
+def train(
+    dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Run or continue a training run on the Ray that is up. Returns counts for the JSON line.
 
     Raises MicaclError on bad input, before any worker starts where it can be seen from here.
@@ -107,7 +110,14 @@ def train(dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingCon
         "config": to_dict(config),
         "scaling": to_dict(scaling),
     }
-    trainer = ray.train.torch.TorchTrainer(
+    with relay(say) as progress, tempfile.TemporaryDirectory(prefix="micacl-train-") as folder:
+        _fit(_trainer({**job, "progress": progress}, scaling, folder))
+    return _summary(run_url, data, before, time.monotonic() - start_s)
+
+
+def _trainer(job: dict[str, Any], scaling: ScalingConfig, folder: str) -> ray.train.torch.TorchTrainer:
+    """`folder` takes Ray Train's own notes; nothing of ours is in it."""
+    return ray.train.torch.TorchTrainer(
         _worker,
         train_loop_config=job,
         scaling_config=ray.train.ScalingConfig(
@@ -118,12 +128,10 @@ def train(dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingCon
         torch_config=ray.train.torch.TorchConfig(backend="nccl" if scaling.gpu else "gloo"),
         run_config=ray.train.RunConfig(
             name=f"micacl-{secrets.token_hex(4)}",
-            storage_path=tempfile.mkdtemp(prefix="micacl-train-"),
+            storage_path=folder,
             failure_config=ray.train.FailureConfig(max_failures=scaling.max_failures),
         ),
     )
-    _fit(trainer)
-    return _summary(run_url, data, before, time.monotonic() - start_s)
 
 
 def _fit(trainer: Any) -> None:
@@ -178,7 +186,7 @@ def _worker(job: dict[str, Any]) -> None:
     engine = _engine(config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
     start = _resume(engine, data, job["run"])
-    say = _say_as(rank)
+    say = _say_as(rank, job["progress"])
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
 
@@ -230,11 +238,10 @@ def _resume(engine: Engine, data: TrainData, run_url: str) -> int:
     return checkpoint.step
 
 
-def _say_as(rank: int) -> Any:
+def _say_as(rank: int, progress: Any) -> Callable[[str], None]:
     def say(text: str) -> None:
         if rank == 0:
-            sys.stderr.write(f"{text}\n")
-            sys.stderr.flush()
+            progress.say.remote(text)
 
     return say
 

@@ -9,6 +9,8 @@ anywhere and run again, it finds what is done by looking at storage and does the
 from __future__ import annotations
 
 import dataclasses
+import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -139,9 +141,7 @@ def _pack_all(plans: Sequence[ShardPlan], dataset_url: str, say: Progress) -> tu
 
 def _ray_map(rows: list[dict[str, Any]], function: Callable[..., Any], rows_per_task: int) -> Iterator[dict[str, Any]]:
     """Rows through Ray Data in tasks of `rows_per_task`, as they finish. Our own errors come out as themselves."""
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    quiet_ray_data()
     blocks = -(-len(rows) // rows_per_task)
     data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         function, batch_size=None, batch_format="numpy", num_cpus=1
@@ -150,6 +150,15 @@ def _ray_map(rows: list[dict[str, Any]], function: Callable[..., Any], rows_per_
         yield from data.iter_rows()
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, MicaclError) else error) from error
+
+
+def quiet_ray_data() -> None:
+    """Our own progress lines take the place of Ray Data's bars and notes."""
+    for name in ("ray.data", "ray.data._internal.progress", "ray.data._internal.execution.streaming_executor"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
 
 
 def _progress(records: dict[str, CropRecord], worked: int, total: int, seconds: float) -> str:
@@ -172,8 +181,6 @@ def _plan(text: str) -> ShardPlan:
 
 
 def _json(text: Any) -> dict[str, Any]:
-    import json
-
     value: dict[str, Any] = json.loads(str(text))
     return value
 

@@ -54,6 +54,7 @@ def ray_session(*, address: str | None = None, num_cpus: int | None = None, obje
             object_store_memory=object_store_mb * 2**20,
             include_dashboard=False,
             logging_level=logging.ERROR,
+            log_to_driver=False,  # what a person should read comes back as results and progress lines
             _temp_dir=str(folder),
         )
         try:
