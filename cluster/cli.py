@@ -115,9 +115,7 @@ def evaluate(
 
     out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
     with ray_session(address=address, num_cpus=workers):
-        result = job(
-            absolute(model), absolute(dataset), split, out_url=out, workers=workers, version=version, gpu=gpu
-        )
+        result = job(absolute(model), absolute(dataset), split, out_url=out, workers=workers, version=version, gpu=gpu)
     say(result["text"])
     return result
 
@@ -163,7 +161,14 @@ def predict(
 
     with ray_session(address=address):
         return job(
-            absolute(bundle), absolute(raw), absolute(out), workers=workers, source=source, faces=faces, gpu=gpu, say=say
+            absolute(bundle),
+            absolute(raw),
+            absolute(out),
+            workers=workers,
+            source=source,
+            faces=faces,
+            gpu=gpu,
+            say=say,
         )
 
 

@@ -49,7 +49,13 @@ class DeepSpeedEngine:
     """One rank of a DeepSpeed run on the process group that is up. See micacl.train.engine.Engine."""
 
     def __init__(
-        self, model: MICACL, config: OptimConfig, *, clips_per_rank: int, deepspeed: DeepSpeedConfig, device: torch.device
+        self,
+        model: MICACL,
+        config: OptimConfig,
+        *,
+        clips_per_rank: int,
+        deepspeed: DeepSpeedConfig,
+        device: torch.device,
     ) -> None:
         ds = _import_deepspeed(device)
         self.rank, self.ranks, self.device = dist.get_rank(), dist.get_world_size(), device

@@ -100,14 +100,15 @@ def run_demo(out: str, storage: str, until: str, seed: int, say: Say) -> dict[st
         with _as_environment(environment):
             results = {name: globals()[f"_{name}"](demo, seed) for name in wanted}
     total_s = round(time.monotonic() - start_s, 1)
-    summary = {
+    seconds = {**demo.seconds, "all": total_s}
+    summary: dict[str, Any] = {
         "out": str(folder),
         "synthetic": True,
-        "seconds": {**demo.seconds, "all": total_s},
+        "seconds": seconds,
         **{name: result for name, result in results.items() if name in ("evaluate", "serve")},
     }
     (folder / _MARK).write_text(json.dumps(summary, indent=2))
-    say(f"\nseconds: {', '.join(f'{name} {s:g}' for name, s in summary['seconds'].items())}")  # type: ignore[attr-defined]
+    say(f"\nseconds: {', '.join(f'{name} {s:g}' for name, s in seconds.items())}")
     say(f"Everything lies in {folder}. Nothing keeps running. The faces are synthetic: the numbers show that the")
     say("chain works, not how well it would do on people.")
     return summary
@@ -155,7 +156,9 @@ def _evaluate(demo: _Demo, _: int) -> dict[str, Any]:
     )
     store = open_store(demo.url("run/evaluation/test"))
     (demo.out / "confusion.png").write_bytes(store.get("confusion.png"))
-    demo.say(f"    UAR {scores['uar']:.3f}, WAR {scores['war']:.3f} on {scores['clips']} clips; chance {CHANCE_UAR:.3f}")
+    demo.say(
+        f"    UAR {scores['uar']:.3f}, WAR {scores['war']:.3f} on {scores['clips']} clips; chance {CHANCE_UAR:.3f}"
+    )
     demo.say(f"    output: {demo.url('run/evaluation/test')}, {demo.out / 'confusion.png'}")
     if scores["uar"] < LEAST_UAR:
         raise MicaclError(
@@ -282,7 +285,9 @@ def _storage(storage: str, folder: Path, say: Say) -> Iterator[tuple[str, dict[s
         yield root, {}
         return
     if storage != "seaweedfs":
-        raise MicaclError(f"--storage is {storage!r}.", "Nothing was done.", "Use seaweedfs, file or s3://bucket/prefix.")
+        raise MicaclError(
+            f"--storage is {storage!r}.", "Nothing was done.", "Use seaweedfs, file or s3://bucket/prefix."
+        )
     from pipeline.object_store import ObjectStore
 
     start_s = time.monotonic()

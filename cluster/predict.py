@@ -8,6 +8,7 @@ by the videos in them and the bundle, so running again writes the same objects.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections import Counter
@@ -23,11 +24,12 @@ import ray.data
 from micacl.bundle import load_bundle
 from micacl.predictor import Predictor
 from pipeline.bags import Bag, video_to_bags
-from pipeline.contract import CropConfig, MicaclError, Quarantined, Reason, Video, canonical_json, digest
+from pipeline.contract import CropConfig, MicaclError, Quarantined, Video, canonical_json, digest
+from pipeline.crop import fetch_video
 from pipeline.prepare import quiet_ray_data
 from pipeline.shards import read_bags, write_shard
 from pipeline.sources import list_videos
-from pipeline.storage import open_store, split_url
+from pipeline.storage import open_store
 
 _VIDEOS_PER_TASK = 4
 
@@ -51,9 +53,10 @@ def predict(
     crop = _with_faces(bundle.crop, faces)
     say(f"{len(videos)} videos in {raw_url}, bundle {bundle.id}")
     rows = [{"url": v.url, "name": v.name} for v in videos]
-    out = [row for row in _run(rows, bundle_url, crop, workers=workers, gpu=gpu)]
-    out.sort(key=lambda row: (row["video"], row["track"]))
-    key = f"predictions-{digest(canonical_json([bundle.id, crop.hash, [v.name for v in videos]]).encode())[:16]}.parquet"
+    found = _run(rows, bundle_url, crop, workers=workers, gpu=gpu)
+    out = sorted(found, key=lambda row: (row["video"], row["track"]))
+    inputs = canonical_json([bundle.id, crop.hash, [v.name for v in videos]])
+    key = f"predictions-{digest(inputs.encode())[:16]}.parquet"
     store.put(key, _parquet(out, bundle.labels, bundle.id))
     bad = Counter(row["reason"] for row in out if row["reason"])
     return {
@@ -67,8 +70,6 @@ def predict(
 
 
 def _with_faces(crop: CropConfig, faces: str) -> CropConfig:
-    import dataclasses
-
     return dataclasses.replace(crop, faces=faces)
 
 
@@ -102,15 +103,9 @@ def _run(
 
 def _crop_one(url: str, name: str, crop: CropConfig) -> tuple[bytes, str]:
     """(tar blocks of the bags, reason): one of them is empty."""
-    root, key = split_url(url)
-    store = open_store(root)
+    video = Video(url=url, name=name)
     try:
-        size = store.size(key)
-        if size is None:
-            raise Quarantined(Reason.MISSING, f"{url} is not there")
-        if size > crop.max_bytes:
-            raise Quarantined(Reason.TOO_MANY_BYTES, f"{size} bytes, the cap is {crop.max_bytes}")
-        bags, _ = video_to_bags(store.get(key), name=name, video_id=Video(url=url, name=name).id, config=crop)
+        bags, _ = video_to_bags(fetch_video(video, crop), name=name, video_id=video.id, config=crop)
     except Quarantined as why:
         return b"", why.reason.value
     return write_shard(bags)[0], ""

@@ -86,7 +86,12 @@ class TrainArgs:
 
 
 def train(
-    dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None, say: Callable[[str], None]
+    dataset_url: str,
+    run_url: str,
+    config: RunConfig,
+    scaling: ScalingConfig,
+    version: int | None,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Run or continue a training run on the Ray that is up. Returns counts for the JSON line.
 

@@ -78,7 +78,7 @@ def _to_input(clip: Clip, config: BatchConfig, *, augment: bool) -> Tensor:
         )
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (config.mean, config.std))
     x_FCHW = x_FCHW.sub_(mean).div_(std)
-    return x_FCHW.unflatten(0, (n, t)).transpose(1, 2).contiguous()
+    return x_FCHW.reshape(n, t, *x_FCHW.shape[1:]).transpose(1, 2).contiguous()
 
 
 def _augment_key(clip: Clip) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:

@@ -1,7 +1,7 @@
 """What inference needs, in one folder; the only thing that predict and serve load.
 
-    <bundle>/model.safetensors   weights
-    <bundle>/bundle.json         config, labels, preprocessing, where it came from; put last, names the weights' hash
+<bundle>/model.safetensors   weights
+<bundle>/bundle.json         config, labels, preprocessing, where it came from; put last, names the weights' hash
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Videos -> probabilities: the one place that does it. Batch, online and tests call this and nothing else.
 
-    bytes ──pipeline.bags.video_to_bags──> bags (JPEG, as in a shard) ──decode, evaluation transform──> model ──> softmax
+    bytes ──pipeline.bags.video_to_bags──> bags (JPEG, as in a shard) ──decode, eval transform──> model ──> softmax
 
 The bags pass through JPEG exactly as training's did, so that a model meets the pixels it was trained on.
 """
@@ -98,9 +98,7 @@ class Predictor:
 
 
 @torch.inference_mode()
-def forward(
-    model: MICACL, batch: Batch, device: torch.device
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def forward(model: MICACL, batch: Batch, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(probabilities_BK, instance weights_BN) of one batch, on the CPU."""
     output = model(batch.clips_BNCTHW.to(device))
     probabilities_BK = output.logits_BK.float().softmax(-1).cpu().numpy()

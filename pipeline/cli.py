@@ -65,7 +65,9 @@ def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
     try:
         if name not in verbs:
             near = get_close_matches(name, verbs, n=2) or list(verbs)
-            raise MicaclError(f"{prog} has no verb {name!r}.", "Nothing was done.", f"Did you mean {' or '.join(near)}?")
+            raise MicaclError(
+                f"{prog} has no verb {name!r}.", "Nothing was done.", f"Did you mean {' or '.join(near)}?"
+            )
         module, _, function = verbs[name].target.partition(":")
         return _call(getattr(importlib.import_module(module), function), f"{prog} {name}", verbs[name].help, rest)
     except MicaclError as error:
@@ -126,8 +128,8 @@ def prepare(
     max_quarantined: float = 0.2,
     workers: int | None = None,
     address: str | None = None,
-    crop: CropConfig = CropConfig(),  # noqa: B008  (frozen)
-    pack: PackConfig = PackConfig(),  # noqa: B008
+    crop: CropConfig = CropConfig(),
+    pack: PackConfig = PackConfig(),
 ) -> dict[str, Any]:
     """Raw videos to a committed dataset version.
 

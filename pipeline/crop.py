@@ -91,7 +91,7 @@ def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropReco
         return found, False
     bags: list[Bag] = []
     try:
-        data = _fetch(video, config)
+        data = fetch_video(video, config)
         bags, report = video_to_bags(data, name=video.name, video_id=video.id, config=config)
         record = CropRecord(
             video=video.name,
@@ -108,7 +108,8 @@ def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropReco
     return record, True
 
 
-def _fetch(video: Video, config: CropConfig) -> bytes:
+def fetch_video(video: Video, config: CropConfig) -> bytes:
+    """The encoded video. Raises Quarantined(MISSING | TOO_MANY_BYTES)."""
     root, key = split_url(video.url)
     source = open_store(root)
     size = source.size(key)

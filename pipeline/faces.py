@@ -147,9 +147,7 @@ def _search(alive: list[_Open], pending: list[Frame], config: CropConfig) -> tup
 def _extend(one: _Open, pending: list[Frame], face: Face, config: CropConfig) -> None:
     new = _box(face)
     steps = np.arange(1, len(pending) + 1) / len(pending)
-    boxes = [
-        Box(*(float(a + (b - a) * s) for a, b in zip(_values(one.box), _values(new), strict=True))) for s in steps
-    ]
+    boxes = [Box(*(float(a + (b - a) * s) for a, b in zip(_values(one.box), _values(new), strict=True))) for s in steps]
     _cut_all(one, pending, boxes, config)
     one.box, one.face, one.misses = new, face, 0
     one.track.scores.append(face.score)
@@ -203,7 +201,7 @@ def _is_cut(a: RGB, b: RGB) -> bool:
 def iter_instances(count: int, instances: int) -> Iterator[range]:
     """Cut `count` frames into `instances` contiguous runs whose lengths differ by at most one.
 
-        count 10, instances 4:   0 1 | 2 3 4 | 5 6 | 7 8 9
+    count 10, instances 4:   0 1 | 2 3 4 | 5 6 | 7 8 9
     """
     edges = [count * i // instances for i in range(instances + 1)]
     yield from (range(a, b) for a, b in zip(edges, edges[1:], strict=False))

@@ -37,7 +37,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Self
 
 import boto3
 from botocore.config import Config
@@ -155,7 +155,7 @@ class ObjectStore:
         except client.exceptions.BucketAlreadyExists:
             client.head_bucket(Bucket=name)
 
-    def __enter__(self) -> ObjectStore:
+    def __enter__(self) -> Self:
         weed = find_weed()
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._lock = _lock_folder(self.folder)

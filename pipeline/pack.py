@@ -57,9 +57,7 @@ class ShardPlan:
         return f"index/{self.id}.parquet"
 
 
-def plan_shards(
-    records: Iterable[tuple[Video, str, CropRecord]], config: PackConfig
-) -> list[ShardPlan]:
+def plan_shards(records: Iterable[tuple[Video, str, CropRecord]], config: PackConfig) -> list[ShardPlan]:
     """Group bags by split and label, order them by key and cut them by count and bytes.
 
     Args:

@@ -95,7 +95,7 @@ class EpochPlan:
     Memory: about 24 bytes a row of the classes that have been asked for, and 4 bytes a step and class.
     """
 
-    def __init__(  # noqa: PLR0913 - all by name
+    def __init__(
         self,
         *,
         labels: npt.ArrayLike,

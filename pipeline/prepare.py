@@ -1,6 +1,6 @@
 """`micacl prepare`: a raw bucket -> shards. Crop every video, pack the bags, commit one version. Ray is here only.
 
-    list ──> crop (one task a few videos, CPU pool) ──> plan ──> pack (one task a shard) ──> commit (one conditional put)
+    list ──> crop (a task for a few videos) ──> plan ──> pack (a task a shard) ──> commit (one conditional put)
 
 The steps are pure functions of other rooms; this one hands rows to Ray Data and counts what comes back. Killed
 anywhere and run again, it finds what is done by looking at storage and does the rest.

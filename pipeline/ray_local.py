@@ -26,7 +26,9 @@ _QUIET = {
 
 
 @contextlib.contextmanager
-def ray_session(*, address: str | None = None, num_cpus: int | None = None, object_store_mb: int = 400) -> Iterator[str]:
+def ray_session(
+    *, address: str | None = None, num_cpus: int | None = None, object_store_mb: int = 400
+) -> Iterator[str]:
     """Yield `joined` or `private`. Everything that was started here is stopped at the end.
 
     Args:
@@ -66,7 +68,8 @@ def ray_session(*, address: str | None = None, num_cpus: int | None = None, obje
 @contextlib.contextmanager
 def _private_files() -> Iterator[Path]:
     """A short folder (Unix sockets allow 107 bytes) with a token in it, and the environment that points there."""
-    folder = Path(tempfile.mkdtemp(prefix="micacl-ray-", dir="/tmp" if os.path.isdir("/tmp") else None))
+    short = "/tmp" if os.path.isdir("/tmp") else None  # noqa: S108  (mkdtemp makes a private folder in it)
+    folder = Path(tempfile.mkdtemp(prefix="micacl-ray-", dir=short))
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
@@ -88,7 +91,7 @@ def _read_auth_again() -> None:
 
     These two names are internal to Ray 2.60; its own tests use them for the same purpose.
     """
-    from ray._raylet import AuthenticationTokenLoader, Config
+    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
     Config.initialize("")
     AuthenticationTokenLoader.instance().reset_cache()

@@ -174,7 +174,7 @@ def decode_bag(bag: Bag, frames: int, rng: np.random.Generator | None) -> NDArra
 def pick_frames(stored: int, wanted: int, rng: np.random.Generator | None) -> list[int]:
     """`wanted` frame numbers of `stored`, never backwards in time; short instances repeat frames.
 
-        stored 12, wanted 4:   ..x...x...x..x    the middle of each quarter; in training a random frame of it
+    stored 12, wanted 4:   ..x...x...x..x    the middle of each quarter; in training a random frame of it
     """
     edges = np.arange(wanted + 1) * stored / wanted
     at = rng.random(wanted) if rng is not None else np.full(wanted, 0.5)
@@ -187,7 +187,7 @@ def label_numbers(rows: pa.Table, labels: Sequence[str], where: str) -> NDArray[
     for word in words.dictionary.to_pylist():
         require_label(word, labels, where)
     place = np.array([labels.index(w) for w in words.dictionary.to_pylist()] or [0], np.int64)
-    return place[words.indices.to_numpy()]
+    return np.asarray(place[words.indices.to_numpy()], np.int64)
 
 
 def shard_numbers(rows: pa.Table) -> NDArray[np.int64]:

@@ -79,14 +79,14 @@ def _frames(container: av.container.InputContainer, config: CropConfig, report: 
         if t_s - start_s > config.max_seconds:
             raise Quarantined(Reason.TOO_LONG, f"longer than the cap of {config.max_seconds:g} s")
         if time.process_time() > deadline_s:
-            raise Quarantined(Reason.TOO_SLOW, f"more than {config.max_decode_s:g} CPU seconds at frame {report.frames}")
+            raise Quarantined(
+                Reason.TOO_SLOW, f"more than {config.max_decode_s:g} CPU seconds at frame {report.frames}"
+            )
         yield Frame(report.frames, t_s - start_s, _upright(raw, stream, reformatter, config))
         report.frames += 1
 
 
-def _decode(
-    container: av.container.InputContainer, stream: av.VideoStream, report: Decode
-) -> Iterator[av.VideoFrame]:
+def _decode(container: av.container.InputContainer, stream: av.VideoStream, report: Decode) -> Iterator[av.VideoFrame]:
     """Frames of every packet that decodes; a bad one is counted and passed over."""
     packets = container.demux(stream)
     while True:
@@ -117,8 +117,9 @@ def _upright(raw: av.VideoFrame, stream: av.VideoStream, reformatter: VideoRefor
     width = round(raw.width * float(ratio)) if ratio else raw.width
     _check_size(width, raw.height, config)
     rgb = reformatter.reformat(raw, width=width, height=raw.height, format="rgb24", threads=1).to_ndarray()
+    rgb_HWC: RGB = np.asarray(rgb, np.uint8)
     quarter_turns = round(raw.rotation / 90) % 4
-    return np.ascontiguousarray(np.rot90(rgb, quarter_turns)) if quarter_turns else rgb
+    return np.ascontiguousarray(np.rot90(rgb_HWC, quarter_turns)) if quarter_turns else rgb_HWC
 
 
 def _text(error: BaseException) -> str:

@@ -28,7 +28,7 @@ CROP = CropConfig(size=SIZE, instances=INSTANCES, frames_per_instance=FRAMES, mi
 VIDEOS_PER_SUBJECT = 2
 
 
-def make_dataset(  # noqa: PLR0913 - all but three by name
+def make_dataset(
     folder: str | Path,
     counts: Mapping[str, Mapping[str, int]],
     seed: int,

@@ -43,7 +43,7 @@ def gather_with_gradient(x: Tensor) -> Tensor:
     """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return x
-    return cast(Tensor, _GatherWithGradient.apply(x))  # type: ignore[no-untyped-call]
+    return cast("Tensor", _GatherWithGradient.apply(x))  # type: ignore[no-untyped-call]
 
 
 class _GatherWithGradient(torch.autograd.Function):

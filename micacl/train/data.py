@@ -70,7 +70,9 @@ def train_data(dataset: Dataset, config: RunConfig) -> TrainData:
     classes = len(dataset.labels)
 
     def plan_of(epoch: int) -> EpochPlan:
-        return EpochPlan(labels=labels, shards=shards, classes=classes, config=config.plan, epoch=epoch, version=dataset.sha256)
+        return EpochPlan(
+            labels=labels, shards=shards, classes=classes, config=config.plan, epoch=epoch, version=dataset.sha256
+        )
 
     counts = tuple(int(n) for n in np.bincount(labels, minlength=classes))
     return TrainData(dataset, rows, config, plan_of, counts)

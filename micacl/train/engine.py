@@ -67,12 +67,11 @@ class PlainEngine:
 
     def step(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         parameters = [p for p in self.model.parameters() if p.grad is not None]
-        if self.distributed:
-            for p in parameters:
-                dist.all_reduce(p.grad)
-                p.grad /= self.ranks  # type: ignore[operator]
+        for grad in (p.grad for p in parameters if self.distributed and p.grad is not None):
+            dist.all_reduce(grad)
+            grad.div_(self.ranks)
         nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         set_lr(self.optimizer, lr)
         self.optimizer.step()

@@ -1,8 +1,8 @@
 """Raw buckets -> Video rows. A source knows one layout; nothing after it knows any.
 
-    table   CSV or Parquet with `path` and `label`, optionally `split` and `subject`
-    folder  one folder a class
-    bucket  unlabelled videos
+table   CSV or Parquet with `path` and `label`, optionally `split` and `subject`
+folder  one folder a class
+bucket  unlabelled videos
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pipeline.contract import Video
 from pipeline.storage import open_store
 
 EXTENSIONS = frozenset(
-    ".3gp .asf .avi .flv .m2ts .m4v .mkv .mov .mp4 .mpeg .mpg .mts .mxf .ogv .ts .webm .wmv".split()
+    f".{e}" for e in ("3gp asf avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts webm wmv").split(" ")
 )
 
 
@@ -21,6 +21,4 @@ def list_bucket(url: str) -> list[Video]:
     """Videos below `url`, unlabelled. Raises MicaclError if the bucket cannot be read."""
     store = open_store(url)
     store.check()
-    return [
-        Video(url=store.url(e.key), name=e.key, fingerprint=e.fingerprint) for e in store.list() if is_video(e.key)
-    ]
+    return [Video(url=store.url(e.key), name=e.key, fingerprint=e.fingerprint) for e in store.list() if is_video(e.key)]

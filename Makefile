@@ -1,0 +1,42 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both make the environment in .venv first and use it
+# again the next time. PYTHON=... chooses another python 3.11 or 3.12.
+
+SHELL := /bin/bash
+VENV ?= .venv
+BIN := $(VENV)/bin
+DEMO_OUT ?= demo-out
+STAMP := $(VENV)/.installed
+REQUIREMENTS := pyproject.toml constraints.txt requirements-demo.txt
+
+.PHONY: demo test test-quick check env clean help
+
+help:
+	@echo "make demo         install, then the whole chain on synthetic faces (about 6 minutes on 2 cores)"
+	@echo "make test         install, then all tests      make test-quick   those that take under 3 minutes"
+	@echo "make check        lint, types, imports, quick tests with coverage"
+	@echo "make env          install only                 make clean        remove the environment and demo-out"
+
+demo: $(STAMP)
+	@$(BIN)/micacl demo --out "$(DEMO_OUT)"
+
+test: $(STAMP)
+	@$(BIN)/python -m pytest -q
+
+test-quick: $(STAMP)
+	@$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
+
+env: $(STAMP)
+
+$(STAMP): $(REQUIREMENTS) tools/install.sh
+	@VENV="$(VENV)" PYTHON="$(PYTHON)" bash tools/install.sh
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) $(DEMO_OUT)

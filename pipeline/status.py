@@ -1,0 +1,119 @@
+"""`micacl status`: what a dataset's storage holds, by listing it. Asks no process: works while a run is under way, after
+one was killed, and from any machine.
+
+Crops are counted by their settings (the crop hash), because settings never mix. A quarantined video is a crop object
+that holds nothing but its record, so only small objects are opened.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from pipeline.contract import MicaclError
+from pipeline.crop import read_record
+from pipeline.dataset import list_versions, read_version
+from pipeline.storage import Entry, Store, open_store
+
+_CROP_KEY = re.compile(r"crops/([0-9a-f]+)/[0-9a-f]{2}/([0-9a-f]{16})\.[0-9a-f]+\.tar$")
+_RECORD_ONLY_BYTES = 16 * 1024
+"""A crop object above this has bags in it: a record and its detail are at most a few kB."""
+_READERS = 16
+UNREADABLE_RECORD = "unreadable_record"
+
+
+def dataset_status(url: str) -> dict[str, Any]:
+    """What is done, left and broken.
+
+    Returns {"dataset", "says" (one sentence), "versions", "newest" (or None), "crops" by crop hash, "shards"}.
+    Raises MicaclError if the bucket is missing or refuses us.
+    """
+    store = open_store(url)
+    store.check()
+    versions = list_versions(store)
+    crops = _crops(store)
+    shards = {entry.key: entry.size for entry in store.list("shards/")}
+    index = {entry.key for entry in store.list("index/")}
+    body = read_version(store, versions[-1])[1] if versions else None
+    counts = _shard_counts(body["shards"] if body else [], shards, index)
+    return {
+        "dataset": store.root,
+        "says": _sentence(versions, crops, counts),
+        "versions": versions,
+        "newest": _summary(body) if body else None,
+        "crops": crops,
+        "shards": counts,
+    }
+
+
+def _summary(body: dict[str, Any]) -> dict[str, Any]:
+    bags = sum(n for of_split in body["counts"].values() for n in of_split.values())
+    kept = ("version", "labels", "counts", "videos", "quarantined")
+    return {**{name: body.get(name) for name in kept}, "bags": bags, "crop": dict(body.get("crop") or {}).get("hash")}
+
+
+def _crops(store: Store) -> dict[str, dict[str, Any]]:
+    """By crop hash: crop objects, distinct videos, bytes, and quarantined by reason."""
+    found: dict[str, list[tuple[str, Entry]]] = {}
+    for entry in store.list("crops/"):
+        if match := _CROP_KEY.match(entry.key):
+            found.setdefault(match.group(1), []).append((match.group(2), entry))
+    return {
+        settings: {
+            "objects": len(of_hash),
+            "videos": len({video for video, _ in of_hash}),
+            "bytes": sum(entry.size for _, entry in of_hash),
+            "quarantined": _reasons(store, [e.key for _, e in of_hash if e.size <= _RECORD_ONLY_BYTES]),
+        }
+        for settings, of_hash in sorted(found.items())
+    }
+
+
+def _reasons(store: Store, keys: Sequence[str]) -> dict[str, int]:
+    def reason(key: str) -> str | None:
+        try:
+            record = read_record(store, key)
+        except (MicaclError, ValueError, KeyError, TypeError):
+            return UNREADABLE_RECORD
+        return record.reason if record else None  # None also if it was deleted since it was listed
+
+    with ThreadPoolExecutor(_READERS) as pool:
+        counts = Counter(r for r in pool.map(reason, keys) if r)
+    return dict(sorted(counts.items()))
+
+
+def _shard_counts(listed: Sequence[Mapping[str, Any]], present: dict[str, int], index: set[str]) -> dict[str, int]:
+    """Shards that the newest version lists against those that are there."""
+    sizes = {str(shard["path"]): int(shard["bytes"]) for shard in listed}
+    loose = [path for path in present if path not in sizes]
+    return {
+        "listed": len(sizes),
+        "present": sum(path in present for path in sizes),
+        "missing": sum(path not in present for path in sizes),
+        "wrong_size": sum(path in present and present[path] != size for path, size in sizes.items()),
+        "without_index": sum(shard["index"]["path"] not in index for shard in listed),
+        "unreferenced": len(loose),
+        "unreferenced_bytes": sum(present[path] for path in loose),
+    }
+
+
+def _sentence(versions: Sequence[int], crops: dict[str, dict[str, Any]], shards: dict[str, int]) -> str:
+    done = sum(of_hash["objects"] for of_hash in crops.values())
+    if not versions and not done and not shards["unreferenced"]:
+        return "There is nothing here: no crop, no shard, no version. Check the URL, or run `micacl prepare RAW URL`."
+    if not versions:
+        return (
+            f"No version yet: {done} crops and {shards['unreferenced']} shards are there. A run is under way or was "
+            "stopped; running the same `micacl prepare` again keeps them and does the rest."
+        )
+    if shards["missing"] or shards["wrong_size"] or shards["without_index"]:
+        return (
+            f"Version {versions[-1]} is damaged: {shards['missing']} shards are missing, {shards['wrong_size']} have "
+            f"another size than listed, {shards['without_index']} have no index file. `micacl verify URL` names them."
+        )
+    loose = shards["unreferenced"]
+    more = f" {loose} shards are not listed by it (older versions, or a run under way)." if loose else ""
+    return f"Version {versions[-1]}: all {shards['listed']} shards are there with their listed sizes.{more}"
