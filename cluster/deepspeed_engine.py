@@ -77,7 +77,7 @@ class DeepSpeedEngine:
             },
         )[0]
         if self._sharded:
-            self._make_states(0)
+            self._make_states()
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
         x_BNCTHW = clips_BNCTHW.bfloat16() if self.bf16 else clips_BNCTHW
@@ -120,7 +120,8 @@ class DeepSpeedEngine:
                     state: Tensors = {kind: moments[f"{kind}.{name}"].to(self.device).clone() for kind in MOMENTS}
                     self._inner.state[p] = {**state, "step": torch.tensor(float(step))}
             return
-        self._make_states(step)
+        for moments_of_group in self._engine.optimizer.optimizer.state.values():
+            moments_of_group["step"].fill_(float(step))
         for name, p in self.model.named_parameters():
             safe_set_full_fp32_param(p, weights[name].to(self.device))
             for kind in MOMENTS:
@@ -130,7 +131,7 @@ class DeepSpeedEngine:
     def _sharded(self) -> bool:
         return hasattr(self._engine.optimizer, "single_partition_of_fp32_groups")
 
-    def _make_states(self, step: int) -> None:
+    def _make_states(self) -> None:
         """Zero moments for every parameter group, linked to the parameters.
 
         DeepSpeed links them after the first group's first update, when the other groups have none yet.
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
         zero = self._engine.optimizer
         for flat in zero.single_partition_of_fp32_groups:
             moments = {kind: torch.zeros_like(flat) for kind in MOMENTS}
-            zero.optimizer.state[flat] = {**moments, "step": torch.tensor(float(step))}
+            zero.optimizer.state[flat] = {**moments, "step": torch.tensor(0.0)}
         zero._lazy_init_hp_params_optimizer_state()
 
 

@@ -9,7 +9,7 @@ bags. Which checkpoints and bundles were trained on what was forgotten is not lo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.bags import Bag
-from pipeline.contract import MicaclError, Video, canonical_json, digest
+from pipeline.contract import MicaclError, Video, digest
 from pipeline.dataset import Dataset, commit, get_checked, list_versions, open_dataset, read_index, write_index
 from pipeline.pack import Member, ShardPlan
 from pipeline.shards import bag_members, read_bag, read_bags, write_members, write_shard
@@ -192,33 +192,47 @@ def _other_rows(dataset: Dataset) -> Iterator[pa.Table]:
     listed = {shard["index"]["path"] for shard in dataset.body["shards"]}
     for entry in dataset.store.list("index/"):
         if entry.key not in listed:
-            yield read_index(dataset.store.get(entry.key))
+            yield _read_any_index(dataset.store, entry.key)
+
+
+def _read_any_index(store: Store, key: str) -> pa.Table:
+    try:
+        return read_index(store.get(key))
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise MicaclError(
+            f"{store.url(key)} cannot be read as an index file ({error}).",
+            "It is not known whose bags its shard holds, so nothing was deleted.",
+            "Delete it and the shard of the same name, then run the same command again.",
+        ) from error
 
 
 def _delete(store: Store, videos: Sequence[str]) -> list[str]:
-    """Delete every object that holds a bag of these videos. Returns the keys. The index file goes last of its shard."""
-    names, ids = set(videos), {Video(url="", name=name).id for name in videos}
-    deleted: list[str] = []
+    """Delete every object that holds a bag of these videos. Returns the keys.
 
-    def drop(key: str) -> None:
+    A shard's index file says what the shard holds, so it goes last: whoever is stopped here can start again.
+    """
+    keys = list(_holders(store, set(videos)))
+    for key in keys:
         store.delete(key)
-        deleted.append(key)
-
-    for entry in sorted(store.list("crops/"), key=lambda e: e.key):
-        if entry.key.rpartition("/")[2].partition(".")[0] in ids:
-            drop(entry.key)
-    done = set()
-    for entry in sorted(store.list("index/"), key=lambda e: e.key):
-        rows = read_index(store.get(entry.key))
-        done |= (paths := set(rows["shard"].to_pylist()))
-        if names & set(rows["video"].to_pylist()):
-            for key in (*sorted(paths), entry.key):
-                drop(key)
-    for entry in sorted(store.list("shards/"), key=lambda e: e.key):  # written, but stopped before their index file
-        if entry.key not in done and _holds(store, entry.key, names.__contains__):
-            drop(entry.key)
-    return deleted
+    return keys
 
 
-def _holds(store: Store, key: str, wanted: Callable[[str], bool]) -> bool:
-    return any(wanted(bag.meta.video) for bag in read_bags(store.get(key), store.url(key)))
+def _holders(store: Store, videos: set[str]) -> Iterator[str]:
+    """Keys of shards without an index file (a pack that was stopped), crops, then shards each with its index file."""
+    shards: dict[str, set[str]] = {}
+    indexed: set[str] = set()
+    for key in sorted(entry.key for entry in store.list("index/")):
+        rows = _read_any_index(store, key)
+        paths = {path for path in rows["shard"].to_pylist() if path.startswith("shards/")}
+        indexed |= paths
+        if videos & set(rows["video"].to_pylist()):
+            shards[key] = paths
+    for key in sorted(entry.key for entry in store.list("shards/")):
+        if key not in indexed and any(b.meta.video in videos for b in read_bags(store.get(key), store.url(key))):
+            yield key
+    ids = {Video(url="", name=name).id for name in videos}
+    for key in sorted(entry.key for entry in store.list("crops/")):
+        if key.rpartition("/")[2].partition(".")[0] in ids:
+            yield key
+    for index_key, paths in shards.items():
+        yield from (*sorted(paths), index_key)

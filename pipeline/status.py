@@ -1,5 +1,6 @@
-"""`micacl status`: what a dataset's storage holds, by listing it. Asks no process: works while a run is under way, after
-one was killed, and from any machine.
+"""`micacl status`: what a dataset's storage holds, by listing it.
+
+No process is asked, so it works while a run is under way, after one was killed, and from any machine.
 
 Crops are counted by their settings (the crop hash), because settings never mix. A quarantined video is a crop object
 that holds nothing but its record, so only small objects are opened.

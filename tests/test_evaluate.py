@@ -1,0 +1,100 @@
+"""Evaluation counts each clip once, at any number of ranks, and says what it saw."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from micacl.bundle import BUNDLE, load_bundle, load_model
+from micacl.evaluate import Scored, confusion_png, gather_scores, score_rank
+from pipeline.contract import MicaclError
+from pipeline.dataset import open_dataset
+from pipeline.storage import open_store
+from tests.test_engines import LABELS, STEPS, train_rank
+from tests.tiny_dataset import make_dataset
+
+SIZES = (1, 2, 7, 16, 17)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A run of 20 steps on a dataset whose splits have awkward sizes."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    url = make_dataset(folder / "train", {"train": dict.fromkeys(LABELS, 3)}, seed=0)
+    train_rank(0, 1, "plain", url, str(folder / "run"), STEPS)
+    return str(folder / "run")
+
+
+@pytest.mark.parametrize("clips", SIZES)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_each_clip_is_counted_once(run: str, clips: int, ranks: int, tmp_path: Path) -> None:
+    counts = {"test": {label: clips // 3 + (clips % 3 > i) for i, label in enumerate(LABELS)}}
+    url = make_dataset(tmp_path, {**counts, "train": dict.fromkeys(LABELS, 1)}, seed=1)
+    bundle, dataset = load_model(run), open_dataset(url)
+    parts = [list(score_rank(bundle, dataset, "test", rank, ranks)) for rank in range(ranks)]
+    scored = [one for part in parts for one in part]
+    assert sorted(s.key for s in scored) == sorted(dataset.split("test")["key"].to_pylist())
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    scores, _ = gather_scores(scored, dataset.labels, clips)
+    assert scores.clips == clips
+    assert sum(map(sum, scores.matrix)) == clips
+
+
+def test_probabilities_do_not_depend_on_ranks(run: str, tmp_path: Path) -> None:
+    url = make_dataset(tmp_path, {"test": dict.fromkeys(LABELS, 3)}, seed=1)
+    bundle, dataset = load_model(run), open_dataset(url)
+    alone = {s.key: s.probabilities for s in score_rank(bundle, dataset, "test")}
+    shared = {s.key: s.probabilities for r in range(2) for s in score_rank(bundle, dataset, "test", r, 2)}
+    assert alone.keys() == shared.keys()
+    for key, probabilities in alone.items():
+        assert shared[key] == pytest.approx(probabilities, abs=1e-6)
+        assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_clip_twice_or_missing_is_refused() -> None:
+    one = Scored("a_0", 0, 0, (1.0, 0.0, 0.0))
+    with pytest.raises(MicaclError, match="twice"):
+        gather_scores([one, one], LABELS, 2)
+    with pytest.raises(MicaclError, match="1 clips were scored, the split has 2"):
+        gather_scores([one], LABELS, 2)
+
+
+def test_the_picture_is_a_png(tmp_path: Path) -> None:
+    scores, _ = gather_scores([Scored("a_0", 0, 1, (0.1, 0.8, 0.1)), Scored("b_0", 1, 1, (0, 1, 0))], LABELS, 2)
+    picture = confusion_png(scores, "test split")
+    assert picture.startswith(b"\x89PNG")
+    assert picture == confusion_png(scores, "test split")
+
+
+def test_a_missing_split_is_named(run: str, tmp_path: Path) -> None:
+    url = make_dataset(tmp_path, {"test": dict.fromkeys(LABELS, 1)}, seed=1)
+    with pytest.raises(MicaclError, match="no bag in split 'val'"):
+        list(score_rank(load_model(run), open_dataset(url), "val"))
+
+
+def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
+    from micacl.bundle import export_bundle
+
+    made = export_bundle(run, str(tmp_path / "bundle"))
+    assert made.labels == LABELS
+    assert load_bundle(str(tmp_path / "bundle")).id == made.id
+    store = open_store(str(tmp_path / "bundle"))
+    body = store.get(BUNDLE)
+    for bad, words in (
+        (body.replace(b'"schema":1', b'"schema":99'), "schema 99"),
+        (body.replace(made.crop.hash.encode(), b"0" * 12), "preprocessing has the hash"),
+        (b"[]", "not a JSON object"),
+        (b"{", "not JSON"),
+    ):
+        store.put(BUNDLE, bad)
+        with pytest.raises(MicaclError, match=words):
+            load_bundle(str(tmp_path / "bundle"))
+    store.put(BUNDLE, body)
+    weights = bytearray(store.get("model.safetensors"))
+    weights[-1] ^= 1
+    store.put("model.safetensors", bytes(weights))
+    with pytest.raises(MicaclError, match="not the file that"):
+        load_bundle(str(tmp_path / "bundle"))
+    with pytest.raises(MicaclError, match=r"has no bundle\.json"):
+        load_bundle(str(tmp_path / "nothing"))
