@@ -63,7 +63,7 @@ def doctor(url: Annotated[str | None, tyro.conf.Positional] = None) -> dict[str,
 
 def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     """`micacl train RECIPE DATASET RUN [flags]`; the recipe decides the defaults of the flags."""
-    from cluster.train import TrainArgs
+    from cluster.train import TrainArgs, check_run
     from cluster.train import train as job
     from micacl.recipes import RECIPES
     from pipeline.ray_local import ray_session
@@ -77,12 +77,11 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
         raise MicaclError(f"{name or 'Nothing'!r} is no recipe.", "No run was started.", f"Choose one of: {recipes}.")
     default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=RECIPES[name]())
     args: TrainArgs = parse(TrainArgs, f"{prog} {name}", RECIPES[name].__doc__ or "", arguments[1:], default=default)
+    dataset, run_url = absolute(args.dataset), absolute(args.run)
+    data = check_run(dataset, run_url, args.config, args.scaling, args.version)
     cpus = None if args.scaling.gpu else args.scaling.workers * args.scaling.cpus_per_worker
     with ray_session(address=args.address, num_cpus=cpus):
-        return {
-            "recipe": name,
-            **job(absolute(args.dataset), absolute(args.run), args.config, args.scaling, args.version, say),
-        }
+        return {"recipe": name, **job(data, dataset, run_url, args.scaling, say)}
 
 
 train.takes_arguments = True  # type: ignore[attr-defined]
@@ -111,11 +110,15 @@ def evaluate(
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
     """
     from cluster.evaluate import evaluate as job
+    from micacl.bundle import load_model
+    from pipeline.dataset import open_dataset
     from pipeline.ray_local import ray_session
 
     out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
+    bundle, opened = load_model(absolute(model)), open_dataset(absolute(dataset), version)
+    opened.split(split)
     with ray_session(address=address, num_cpus=workers):
-        result = job(absolute(model), absolute(dataset), split, out_url=out, workers=workers, version=version, gpu=gpu)
+        result = job(bundle, opened, split, out_url=out, workers=workers, gpu=gpu)
     say(result["text"])
     return result
 
@@ -157,19 +160,16 @@ def predict(
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
     """
     from cluster.predict import predict as job
+    from micacl.bundle import load_bundle
     from pipeline.ray_local import ray_session
+    from pipeline.sources import list_videos
+    from pipeline.storage import open_store
 
+    loaded, videos = load_bundle(absolute(bundle)), list_videos(absolute(raw), source)
+    open_store(absolute(out)).check()
+    say(f"{len(videos)} videos in {raw}, bundle {loaded.id}")
     with ray_session(address=address):
-        return job(
-            absolute(bundle),
-            absolute(raw),
-            absolute(out),
-            workers=workers,
-            source=source,
-            faces=faces,
-            gpu=gpu,
-            say=say,
-        )
+        return job(loaded, videos, absolute(out), workers=workers, faces=faces, gpu=gpu)
 
 
 def serve(bundle: BundleUrl, host: str = "127.0.0.1", port: int = 8000, address: str | None = None) -> dict[str, Any]:

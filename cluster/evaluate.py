@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from micacl.bundle import load_model
+from micacl.bundle import Bundle, load_model
 from micacl.evaluate import Scored, confusion_png, gather_scores, score_rank
 from pipeline.contract import MicaclError, canonical_json
 from pipeline.dataset import Dataset, open_dataset
@@ -17,16 +17,16 @@ from pipeline.storage import open_store
 
 
 def evaluate(
-    model_url: str, dataset_url: str, split: str, *, out_url: str, workers: int, version: int | None, gpu: bool = False
+    bundle: Bundle, dataset: Dataset, split: str, *, out_url: str, workers: int, gpu: bool = False
 ) -> dict[str, Any]:
     """Score a run or bundle on a split with `workers` ranks. Writes scores.json, confusion.png, predictions.parquet.
 
     Raises MicaclError on bad input.
     """
-    bundle, dataset = load_model(model_url), open_dataset(dataset_url, version)
-    clips = dataset.split(split).num_rows
+    clips, model_url, dataset_url = dataset.split(split).num_rows, bundle.url, dataset.store.root
     rank_task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_score)
-    parts = [rank_task.remote(model_url, dataset_url, dataset.number, split, r, workers) for r in range(workers)]
+    said = (model_url, bundle.origin["step"], dataset_url, dataset.number, split)
+    parts = [rank_task.remote(*said, rank, workers) for rank in range(workers)]
     try:
         scored = [one for part in ray.get(parts) for one in part]
     except ray.exceptions.RayTaskError as error:
@@ -46,8 +46,10 @@ def evaluate(
     return {**summary, "text": scores.to_text(), "out": out_url}
 
 
-def _score(model_url: str, dataset_url: str, version: int, split: str, rank: int, ranks: int) -> list[Scored]:
-    return list(score_rank(load_model(model_url), open_dataset(dataset_url, version), split, rank, ranks))
+def _score(
+    model_url: str, step: int, dataset_url: str, version: int, split: str, rank: int, ranks: int
+) -> list[Scored]:
+    return list(score_rank(load_model(model_url, step), open_dataset(dataset_url, version), split, rank, ranks))
 
 
 def _table(scored: list[Scored], dataset: Dataset) -> bytes:

@@ -12,7 +12,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,39 +21,25 @@ import pyarrow.parquet as pq
 import ray
 import ray.data
 
-from micacl.bundle import load_bundle
+from micacl.bundle import Bundle, load_bundle
 from micacl.predictor import Predictor
 from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import CropConfig, MicaclError, Quarantined, Video, canonical_json, digest
 from pipeline.crop import fetch_video
 from pipeline.prepare import quiet_ray_data
 from pipeline.shards import read_bags, write_shard
-from pipeline.sources import list_videos
 from pipeline.storage import open_store
 
 _VIDEOS_PER_TASK = 4
 
 
 def predict(
-    bundle_url: str,
-    raw_url: str,
-    out_url: str,
-    *,
-    workers: int,
-    source: str,
-    faces: str,
-    gpu: bool,
-    say: Callable[[str], None],
+    bundle: Bundle, videos: Sequence[Video], out_url: str, *, workers: int, faces: str, gpu: bool
 ) -> dict[str, Any]:
-    """Predict every video of a bucket on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
-    bundle = load_bundle(bundle_url)
-    videos = list_videos(raw_url, source)
-    store = open_store(out_url)
-    store.check()
-    crop = _with_faces(bundle.crop, faces)
-    say(f"{len(videos)} videos in {raw_url}, bundle {bundle.id}")
+    """Predict videos on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
+    store, crop = open_store(out_url), dataclasses.replace(bundle.crop, faces=faces)
     rows = [{"url": v.url, "name": v.name} for v in videos]
-    found = _run(rows, bundle_url, crop, workers=workers, gpu=gpu)
+    found = _run(rows, bundle.url, crop, workers=workers, gpu=gpu)
     out = sorted(found, key=lambda row: (row["video"], row["track"]))
     inputs = canonical_json([bundle.id, crop.hash, [v.name for v in videos]])
     key = f"predictions-{digest(inputs.encode())[:16]}.parquet"
@@ -67,10 +53,6 @@ def predict(
         "quarantined": dict(sorted(bad.items())),
         "labels": dict(sorted(Counter(row["label"] for row in out if not row["reason"]).items())),
     }
-
-
-def _with_faces(crop: CropConfig, faces: str) -> CropConfig:
-    return dataclasses.replace(crop, faces=faces)
 
 
 def _run(

@@ -85,18 +85,10 @@ class TrainArgs:
     config: Annotated[RunConfig, tyro.conf.arg(name="")]
 
 
-def train(
-    dataset_url: str,
-    run_url: str,
-    config: RunConfig,
-    scaling: ScalingConfig,
-    version: int | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Run or continue a training run on the Ray that is up. Returns counts for the JSON line.
-
-    Raises MicaclError on bad input, before any worker starts where it can be seen from here.
-    """
+def check_run(
+    dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None
+) -> TrainData:
+    """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
     data = train_data(open_dataset(dataset_url, version), config)
     if config.plan.global_batch % scaling.workers:
         raise MicaclError(
@@ -104,15 +96,22 @@ def train(
             "Ranks would get unequal batches.",
             "Change one of them.",
         )
-    store = open_store(run_url)
-    store.check()
+    open_store(run_url).check()
     _claim(run_url, config, dataset_url, data)
+    return data
+
+
+def train(
+    data: TrainData, dataset_url: str, run_url: str, scaling: ScalingConfig, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Run or continue a checked run on the Ray that is up. Returns counts for the JSON line."""
+    store = open_store(run_url)
     before, start_s = (complete_steps(store) or [0])[-1], time.monotonic()
     job = {
         "dataset": dataset_url,
         "version": data.dataset.number,
         "run": run_url,
-        "config": to_dict(config),
+        "config": to_dict(data.config),
         "scaling": to_dict(scaling),
     }
     with relay(say) as progress, tempfile.TemporaryDirectory(prefix="micacl-train-") as folder:

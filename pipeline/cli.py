@@ -143,15 +143,19 @@ def prepare(
         workers: cores of a private Ray; default all.
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
     """
-    from pipeline.prepare import PrepareConfig
-    from pipeline.prepare import prepare as job
     from pipeline.ray_local import ray_session
+    from pipeline.sources import open_source
+    from pipeline.storage import open_store
 
-    config = PrepareConfig(
-        source=source, labels=labels, test_share=test_share, max_quarantined=max_quarantined, crop=crop, pack=pack
-    )
+    open_store(absolute(dataset)).check()
+    videos, words = open_source(absolute(raw), source, labels)
+    say(f"{len(videos)} videos in {raw}")
     with ray_session(address=address, num_cpus=workers):
-        result = job(absolute(raw), absolute(dataset), config, say)
+        from pipeline.prepare import PrepareConfig
+        from pipeline.prepare import prepare as job
+
+        config = PrepareConfig(test_share=test_share, crop=crop, pack=pack)
+        result = job(videos, words, absolute(dataset), config, say)
     listed, bad = result["videos"]["listed"], result["videos"]["quarantined"]
     if bad > max_quarantined * listed:
         say(f"{bad} of {listed} videos are quarantined, more than --max-quarantined {max_quarantined:g}.")

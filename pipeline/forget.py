@@ -139,10 +139,7 @@ def _rewrite(store: Store, shard: Mapping[str, Any], kept: Sequence[dict[str, An
     tar, spans = write_shard(bags)
     rows = {row["key"]: row for row in kept}
     index = write_index(
-        [
-            {**rows[s.key], "shard": plan.path, "offset": s.offset, "size": s.size, "sha256": s.sha256}
-            for s in spans
-        ]
+        [{**rows[s.key], "shard": plan.path, "offset": s.offset, "size": s.size, "sha256": s.sha256} for s in spans]
     )
     store.put(plan.path, tar)
     store.put(plan.index_path, index)

@@ -31,7 +31,7 @@ from pipeline.contract import (
 from pipeline.crop import CropRecord, crop_video
 from pipeline.dataset import commit, version_body
 from pipeline.pack import Member, ShardPlan, pack_shard, plan_shards
-from pipeline.sources import assign_split, choose_labels, list_videos
+from pipeline.sources import assign_split
 from pipeline.storage import open_store
 
 _VIDEOS_PER_TASK = 4
@@ -44,28 +44,23 @@ Progress = Callable[[str], None]
 class PrepareConfig:
     """What `prepare` does."""
 
-    source: str = "auto"
-    """auto | table | folder | bucket"""
-    labels: tuple[str, ...] = ()
-    """The label set in order; empty: DFEW's seven; `auto`: the words that are there."""
     test_share: float = 0.2
     """Of subjects, for sources that name no split."""
-    max_quarantined: float = 0.2
-    """Share of videos; above it the command ends with exit code 3."""
     crop: CropConfig = field(default_factory=CropConfig)
     pack: PackConfig = field(default_factory=PackConfig)
 
 
-def prepare(raw_url: str, dataset_url: str, config: PrepareConfig, say: Progress) -> dict[str, Any]:
+def prepare(
+    videos: Sequence[Video], labels: tuple[str, ...], dataset_url: str, config: PrepareConfig, say: Progress
+) -> dict[str, Any]:
     """Run the job on the Ray that is up. Returns counts for the JSON line.
 
-    Raises MicaclError on bad input; nothing is visible to readers until the last step.
+    Args:
+        videos, labels: from pipeline.sources.open_source.
+
+    Raises MicaclError if no video gives a bag; nothing is visible to readers until the last step.
     """
     store = open_store(dataset_url)
-    store.check()
-    videos = list_videos(raw_url, config.source)
-    labels = choose_labels(videos, config.labels, raw_url)
-    say(f"{len(videos)} videos in {raw_url}")
     records, cropped = _crop_all(videos, config.crop, dataset_url, say)
     written = [(v, assign_split(v, config.test_share), records[v.name]) for v in videos if records[v.name].bags]
     if not written:

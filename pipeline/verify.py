@@ -38,6 +38,7 @@ REPACK = (
     "If `micacl forget --delete` removed it, use a newer version."
 )
 RECOMMIT = "Do not use this version; run the same `micacl prepare` again, which commits a new one."
+_DELETE_VERSION = "Delete that version file and run the same `micacl prepare` again, which commits a new one."
 RESPLIT = "Give the split of each video in the table so that none is on both sides, and run `micacl prepare` again."
 
 
@@ -77,7 +78,7 @@ def verify_dataset(url: str, version: int | None = None) -> dict[str, Any]:
         labels = [str(label) for label in body["labels"]]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"A version file is not what `prepare` writes: {type(error).__name__}: {error}."
-        return _result(version, 0, 0, [Problem(what=what, where=store.url("versions/"), remedy=RECOMMIT)])
+        return _result(version, 0, 0, [Problem(what=what, where=store.url("versions/"), remedy=_DELETE_VERSION)])
     where = store.url(version_key(number))
     with ThreadPoolExecutor(_READERS) as pool:
         checks = list(pool.map(lambda shard: _check_shard(store, shard), shards))

@@ -125,9 +125,7 @@ def reference(dataset: str, tmp_path_factory: pytest.TempPathFactory) -> list[fl
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "ranks"), [("plain", 2), ("zero1", 1), ("zero1", 2), ("zero0", 2)])
-def test_engines_have_equal_losses(
-    kind: str, ranks: int, dataset: str, reference: list[float], tmp_path: Path
-) -> None:
+def test_engines_have_equal_losses(kind: str, ranks: int, dataset: str, reference: list[float], tmp_path: Path) -> None:
     losses = run_ranks(train_rank, ranks, tmp_path, kind, dataset, str(tmp_path / "run"), STEPS)
     assert len(losses[0]) == STEPS
     assert reference[0] - min(reference) > 10 * TOLERANCE  # it learns, else equality would say little

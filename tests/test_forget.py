@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from tiny_dataset import label_set, make_dataset, put_crop, tiny_bag
 
 import pipeline.forget as forget_module
 from pipeline.bags import Bag
@@ -16,6 +15,7 @@ from pipeline.forget import forget
 from pipeline.shards import read_bags, write_shard
 from pipeline.storage import LocalStore
 from pipeline.verify import verify_dataset
+from tests.tiny_dataset import label_set, make_dataset, put_crop, tiny_bag
 
 COUNTS = {"train": {"happy": 6, "sad": 3}, "test": {"happy": 2, "sad": 2}}
 

@@ -7,12 +7,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from tiny_dataset import make_dataset
 
 from pipeline.dataset import open_dataset
 from pipeline.forget import forget
 from pipeline.report import BAGS_PER_CLASS, write_report
 from pipeline.storage import LocalStore
+from tests.tiny_dataset import make_dataset
 
 HOSTILE = "<script>alert('x')</script>\"onerror=\"x"
 COUNTS = {"train": {"happy": 8, "fear": 2}, "test": {"happy": 3, "fear": 1}}

@@ -9,13 +9,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from tiny_dataset import CROP, make_dataset
 
 from pipeline.contract import MicaclError
 from pipeline.dataset import version_key
 from pipeline.forget import forget
 from pipeline.status import UNREADABLE_RECORD, dataset_status
 from pipeline.storage import LocalStore, _s3_client
+from tests.tiny_dataset import CROP, make_dataset
 
 COUNTS = {"train": {"happy": 4, "sad": 2}, "test": {"happy": 2}}
 LOST = {"a.mp4": ("empty", "the file has zero bytes"), "b.mp4": ("no_face", "x" * 3000), "c.mp4": ("empty", "")}
@@ -85,8 +85,8 @@ class _NoBucket(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(data)
 
-    def log_message(self, format: str, *args: object) -> None:
-        del format, args
+    def log_message(self, *args: object) -> None:
+        """Quiet."""
 
 
 @pytest.fixture
@@ -106,5 +106,5 @@ def s3_without_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.mark.usefixtures("s3_without_buckets")
 def test_a_missing_bucket_is_refused_in_words() -> None:
-    with pytest.raises(MicaclError, match="NoSuchBucket.*Create the bucket"):
+    with pytest.raises(MicaclError, match=r"NoSuchBucket.*Create the bucket"):
         dataset_status("s3://nowhere/ds")

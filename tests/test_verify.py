@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_dataset import make_dataset
 
 from pipeline.contract import BagMeta, MicaclError, canonical_json, digest
 from pipeline.dataset import read_index, version_key, write_index
 from pipeline.shards import read_bags, write_shard
 from pipeline.storage import LocalStore
 from pipeline.verify import MAX_PROBLEMS, verify_dataset
+from tests.tiny_dataset import make_dataset
 
 COUNTS = {"train": {"happy": 5, "sad": 3}, "test": {"happy": 2, "sad": 2}}
 Row = dict[str, Any]
@@ -127,8 +128,6 @@ def test_unknown_subjects_are_not_compared(store: LocalStore) -> None:
 
 def rewrite_bags(store: LocalStore, shard: dict[str, Any], fields: Callable[[BagMeta], dict[str, Any]]) -> None:
     """Change what every bag of a shard says of itself; hashes, index and version follow."""
-    import dataclasses
-
     old = list(read_bags(store.get(shard["path"]), "test"))
     bags = [dataclasses.replace(b, meta=dataclasses.replace(b.meta, **fields(b.meta))) for b in old]
     tar, spans = write_shard(bags)
@@ -136,12 +135,11 @@ def rewrite_bags(store: LocalStore, shard: dict[str, Any], fields: Callable[[Bag
 
     def follow(rows: list[Row]) -> None:
         for row, span, bag in zip(rows, spans, bags, strict=True):
-            row.update(offset=span.offset, size=span.size, sha256=span.sha256, **fields(bag.meta))
+            row.update((name, value) for name, value in fields(bag.meta).items() if name in row)
+            row.update(offset=span.offset, size=span.size, sha256=span.sha256)  # this size is of bytes
 
     forge(store, shard, follow)
-    edit_version(
-        store, lambda body: [s.update(bytes=len(tar)) for s in body["shards"] if s["path"] == shard["path"]]
-    )
+    edit_version(store, lambda body: [s.update(bytes=len(tar)) for s in body["shards"] if s["path"] == shard["path"]])
 
 
 def test_a_key_that_is_there_twice_is_found(store: LocalStore) -> None:
@@ -184,6 +182,28 @@ def test_trailing_bytes_and_a_broken_version_file_are_found(store: LocalStore) -
 def test_problems_are_capped_and_counted(tmp_path: Path) -> None:
     store = LocalStore(make_dataset(tmp_path, {"train": {"happy": MAX_PROBLEMS + 5}}, 0))
     shard = shards_of(store)[0]
-    forge(store, shard, lambda rows: [row.update(seconds=9.0) for row in rows] and None)
+
+    def slower(rows: list[Row]) -> None:
+        for row in rows:
+            row.update(seconds=9.0)
+
+    forge(store, shard, slower)
     result = verify_dataset(store.root)
     assert (len(result["problems"]), result["problems_found"]) == (MAX_PROBLEMS, MAX_PROBLEMS + 5)
+
+
+def test_a_bag_that_no_index_names_is_found(store: LocalStore) -> None:
+    shard = next(s for s in shards_of(store) if s["bags"] == 3)
+
+    def hide(rows: list[Row]) -> None:
+        del rows[1]
+
+    forge(store, shard, hide)
+    text = said(store)
+    assert "but the one before it ends at" in text
+    assert "The index has 2 bags, the version lists 3." in text
+
+
+def test_a_frame_of_another_size_is_found(store: LocalStore) -> None:
+    rewrite_bags(store, shards_of(store)[0], lambda _: {"size": 64})
+    assert "Frame 00.000 is 32x32 px" in said(store)

@@ -127,7 +127,8 @@ def _frame(angle: float, t: float, size: int, rng: np.random.Generator) -> RGB:
     y, x = np.mgrid[:size, :size]
     blob = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * (size / 10) ** 2))
     noise = rng.normal(60, 10, (size, size, 3))
-    return np.clip(noise + 170 * blob[..., None] * (1.0, 0.9, 0.7), 0, 255).astype(np.uint8)
+    frame = np.clip(noise + 170 * blob[..., None] * (1.0, 0.9, 0.7), 0, 255)
+    return np.asarray(frame, np.uint8)
 
 
 def put_crop(store: Store, video: Video, bags: list[Bag], crop: CropConfig = CROP) -> CropRecord:

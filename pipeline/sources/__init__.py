@@ -37,6 +37,12 @@ def list_videos(url: str, kind: str = "auto") -> list[Video]:
     return sorted(videos, key=lambda v: v.name)
 
 
+def open_source(raw_url: str, kind: str, labels: Sequence[str]) -> tuple[list[Video], tuple[str, ...]]:
+    """(videos, label set) of a raw bucket. All that can be wrong with it is said here. Raises MicaclError."""
+    videos = list_videos(raw_url, kind)
+    return videos, choose_labels(videos, labels, raw_url)
+
+
 def choose_labels(videos: Sequence[Video], labels: Sequence[str], where: str) -> tuple[str, ...]:
     """The label set: the one given, or DFEW's seven. A word outside it is refused, so that a typo makes no class.
 

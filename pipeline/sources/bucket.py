@@ -8,7 +8,8 @@ from pipeline.contract import Video
 from pipeline.storage import open_store
 
 EXTENSIONS = frozenset(
-    f".{e}" for e in ("3gp asf avi flv m2ts m4v mkv mov mp4 mpeg mpg mts mxf ogv ts webm wmv").split(" ")
+    {".3gp", ".asf", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".mts", ".mxf"}
+    | {".ogv", ".ts", ".webm", ".wmv"}
 )
 
 

@@ -1,0 +1,53 @@
+"""The stairs hold: lower floors do not load the libraries of upper ones, even indirectly."""
+
+from __future__ import annotations
+
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import micacl
+import pipeline
+
+
+def loaded_by(modules: list[str], suspects: list[str]) -> str:
+    code = f"import sys, importlib\nfor m in {modules!r}: importlib.import_module(m)\n"
+    code += f"print([s for s in {suspects!r} if s in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def modules_of(package: object, *, without: tuple[str, ...] = ()) -> list[str]:
+    found = pkgutil.walk_packages(package.__path__, f"{package.__name__}.")  # type: ignore[attr-defined]
+    return [m.name for m in found if m.name not in without and not m.name.endswith("__main__")]
+
+
+def test_pipeline_loads_no_torch() -> None:
+    assert loaded_by(modules_of(pipeline), ["torch", "deepspeed", "micacl", "cluster"]) == "[]"
+
+
+def test_ray_is_loaded_by_prepare_alone() -> None:
+    without = ("pipeline.prepare",)
+    assert loaded_by(modules_of(pipeline, without=without), ["ray"]) == "[]"
+    assert loaded_by(["pipeline.prepare"], ["ray"]) == "['ray']"
+
+
+def test_micacl_loads_no_ray_and_no_deepspeed() -> None:
+    assert loaded_by(modules_of(micacl), ["ray", "deepspeed", "cluster"]) == "[]"
+
+
+@pytest.mark.parametrize("module", ["pipeline.cli", "cluster.cli"])
+def test_the_command_starts_without_the_heavy_libraries(module: str) -> None:
+    assert loaded_by([module], ["torch", "ray", "deepspeed", "av", "cv2", "onnxruntime"]) == "[]"
+
+
+def test_import_contracts() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
+        check=False,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
