@@ -183,11 +183,14 @@ class BagMeta:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> BagMeta:
-        fields = json.loads(text)
+        fields = json_object(text, "a bag's json")
         require_schema(fields.get("schema"), "a bag")
-        fields["instance_frames"] = tuple(fields["instance_frames"])
-        fields["boxes"] = tuple(tuple(box) for box in fields["boxes"])
-        return cls(**fields)
+        try:
+            fields["instance_frames"] = tuple(fields["instance_frames"])
+            fields["boxes"] = tuple(tuple(box) for box in fields["boxes"])
+            return cls(**fields)
+        except (KeyError, TypeError) as error:
+            raise foreign("a bag's json", error) from error
 
 
 def digest(data: bytes) -> str:
@@ -198,6 +201,26 @@ def digest(data: bytes) -> str:
 def canonical_json(value: Any) -> str:
     """One JSON text for one value: sorted keys, no spaces, no NaN. Same value, same bytes, same hash."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def json_object(text: str | bytes, what: str) -> dict[str, Any]:
+    """A JSON object from outside. Raises MicaclError on anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise foreign(what, error) from error
+    if not isinstance(value, dict):
+        raise foreign(what, TypeError(f"a {type(value).__name__}"))
+    return value
+
+
+def foreign(what: str, error: Exception) -> MicaclError:
+    """Something that should be ours is not."""
+    return MicaclError(
+        f"Found {what} that is not what this release writes ({type(error).__name__}: {error}).",
+        "Nothing was read from it.",
+        "It was changed after it was written, or by hand: delete it and make it again (prepare, train, export).",
+    )
 
 
 def require_schema(found: object, what: str) -> None:

@@ -9,7 +9,6 @@ exists whole or not at all, and a run that finds it decodes nothing.
 from __future__ import annotations
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +16,14 @@ from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import (
     SCHEMA_VERSION,
     CropConfig,
+    MicaclError,
     Quarantined,
     Reason,
     Video,
     canonical_json,
     digest,
+    foreign,
+    json_object,
     require_schema,
 )
 from pipeline.shards import bag_members, read_bags, read_members, write_members
@@ -37,7 +39,7 @@ class BagStub:
 
     key: str
     sha256: str
-    """Of its frames' tar blocks: what its content is, whatever its label."""
+    """Of its tar blocks without label, split and subject: what its content is, whatever is said of it."""
     size: int
     """Bytes of its tar blocks."""
 
@@ -61,9 +63,12 @@ class CropRecord:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> CropRecord:
-        fields: dict[str, Any] = json.loads(text)
+        fields: dict[str, Any] = json_object(text, "a crop's record")
         require_schema(fields.get("schema"), "a crop")
-        return cls(**{**fields, "bags": tuple(BagStub(**b) for b in fields["bags"])})
+        try:
+            return cls(**{**fields, "bags": tuple(BagStub(**b) for b in fields["bags"])})
+        except (KeyError, TypeError) as error:
+            raise foreign("a crop's record", error) from error
 
 
 def crop_key(video: Video, config: CropConfig) -> str:
@@ -99,7 +104,7 @@ def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropReco
             frames=report.frames,
             bad_packets=report.bad_packets,
             detail="; ".join(report.notes),
-            bags=tuple(_stub(bag) for bag in bags),
+            bags=tuple(bag_stub(bag) for bag in bags),
         )
     except Quarantined as why:
         record = CropRecord(video=video.name, object=key, reason=why.reason.value, detail=why.detail)
@@ -120,15 +125,18 @@ def fetch_video(video: Video, config: CropConfig) -> bytes:
     return source.get(key)
 
 
-def _stub(bag: Bag) -> BagStub:
-    blocks = write_members(bag_members(bag)[:-1])
+def bag_stub(bag: Bag) -> BagStub:
+    """What the planner of shards needs of a bag, the same before and after pack."""
+    plain = Bag(dataclasses.replace(bag.meta, label=None, split=None, subject=None), bag.jpegs)
+    blocks = write_members(bag_members(plain))
     return BagStub(key=bag.meta.key, sha256=digest(blocks), size=len(blocks))
 
 
 def read_crop(store: Store, key: str) -> list[Bag]:
     """The bags of a crop. Raises MicaclError if it was damaged, FileNotFoundError if it is gone."""
     data = store.get(key)
-    name, record = next(read_members(data, store.url(key)))
-    assert name == _RECORD, "the first member of a crop is its record"
+    name, record = next(read_members(data, store.url(key)), ("", b""))
+    if name != _RECORD:
+        raise MicaclError(f"{store.url(key)} is no crop.", "Its bags were not used.", "Delete it and prepare again.")
     start = 512 + -(-len(record) // 512) * 512
     return list(read_bags(data[start:], store.url(key)))

@@ -21,7 +21,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.contract import SCHEMA_VERSION, MicaclError, canonical_json, digest, require_schema
+from pipeline.contract import SCHEMA_VERSION, MicaclError, canonical_json, digest, json_object, require_schema
 from pipeline.storage import Store, open_store
 
 _VERSION_KEY = re.compile(r"versions/(\d{6})\.json$")
@@ -97,7 +97,7 @@ def read_version(store: Store, number: int | None = None) -> tuple[int, dict[str
         )
     number = number or known[-1]
     data = store.get(version_key(number))
-    body = json.loads(data)
+    body = json_object(data, store.url(version_key(number)))
     require_schema(body.get("schema"), f"{store.url(version_key(number))}")
     return number, body, digest(data)
 
@@ -146,12 +146,17 @@ def read_index(data: bytes) -> pa.Table:
     return pq.read_table(io.BytesIO(data)).cast(INDEX_SCHEMA)
 
 
-def commit(store: Store, body: dict[str, Any]) -> tuple[int, bool]:
+def commit(store: Store, body: dict[str, Any], parent: int | None = None) -> tuple[int, bool]:
     """Make `body` the next version unless the newest one says the same already.
+
+    Args:
+        parent: the version that `body` was derived from, which must be the newest still; None does not ask.
 
     Returns (version number, whether it was written). Raises MicaclError if somebody else committed meanwhile.
     """
     known = list_versions(store)
+    if parent is not None and known[-1:] != [parent]:
+        raise _late(store, known[-1] if known else 0)
     if known:
         number, newest, _ = read_version(store, known[-1])
         if {k: v for k, v in newest.items() if k not in ("version", "parent")} == json.loads(canonical_json(body)):
@@ -159,12 +164,16 @@ def commit(store: Store, body: dict[str, Any]) -> tuple[int, bool]:
     number = (known[-1] if known else 0) + 1
     full = {**body, "version": number, "parent": known[-1] if known else None}
     if not store.put_if_absent(version_key(number), canonical_json(full).encode()):
-        raise MicaclError(
-            f"Somebody else committed version {number} of {store.root} first.",
-            "Your version was not written and nothing of theirs was touched; your crops and shards are kept.",
-            "Run the same command again: it will commit on top of theirs without decoding anything twice.",
-        )
+        raise _late(store, number)
     return number, True
+
+
+def _late(store: Store, number: int) -> MicaclError:
+    return MicaclError(
+        f"Somebody else committed version {number} of {store.root} first.",
+        "Your version was not written and nothing of theirs was touched; your crops and shards are kept.",
+        "Run the same command again: it will commit on top of theirs without decoding anything twice.",
+    )
 
 
 def version_body(

@@ -18,9 +18,10 @@ import pyarrow.compute as pc
 
 from pipeline.bags import Bag
 from pipeline.contract import MicaclError, Video, digest
-from pipeline.dataset import Dataset, commit, get_checked, list_versions, open_dataset, read_index, write_index
+from pipeline.crop import bag_stub
+from pipeline.dataset import Dataset, commit, get_checked, open_dataset, read_index, write_index
 from pipeline.pack import Member, ShardPlan
-from pipeline.shards import bag_members, read_bag, read_bags, write_members, write_shard
+from pipeline.shards import read_bag, read_bags, write_shard
 from pipeline.storage import Store
 
 _FROM_BODY = ("version", "parent")
@@ -116,19 +117,8 @@ def _commit_without(dataset: Dataset, keys: set[str]) -> tuple[int, bool, int]:
         "counts": _counts(shards),
         "videos": _video_counts(old["videos"], dataset.index, keys),
     }
-    _require_newest(dataset)
-    number, new = commit(dataset.store, body)
+    number, new = commit(dataset.store, body, parent=dataset.number)
     return number, new, rewritten
-
-
-def _require_newest(dataset: Dataset) -> None:
-    """What we derive from is still the newest: else the commit would undo another's."""
-    if list_versions(dataset.store)[-1] != dataset.number:
-        raise MicaclError(
-            f"Somebody else committed a version of {dataset.store.root} after version {dataset.number}.",
-            "Nothing was forgotten.",
-            "Run the same command again: it will start from theirs.",
-        )
 
 
 def _rewrite(store: Store, shard: Mapping[str, Any], kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -165,8 +155,8 @@ def _checked_bag(data: bytes, row: Mapping[str, Any], url: str) -> Bag:
 
 def _member(bag: Bag) -> Member:
     """As the planner of shards sees a bag, so that the shard has the name that `prepare` would give it."""
-    blocks = write_members(bag_members(bag)[:-1])
-    return Member(key=bag.meta.key, sha256=digest(blocks), size=len(blocks), crop="", subject=bag.meta.subject)
+    stub = bag_stub(bag)
+    return Member(key=stub.key, sha256=stub.sha256, size=stub.size, crop="", subject=bag.meta.subject)
 
 
 def _counts(shards: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:

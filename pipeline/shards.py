@@ -76,7 +76,7 @@ def read_members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
             raise _damaged(where, f"no tar header at byte {at}: {error}") from error
         count += 1
         start, end = at + _BLOCK, at + _BLOCK + info.size
-        if not info.isreg() or info.size > MAX_MEMBER_BYTES:
+        if not info.isreg() or not 0 <= info.size <= MAX_MEMBER_BYTES:
             raise _damaged(where, f"member {info.name!r} is no plain file of at most {MAX_MEMBER_BYTES} bytes")
         if end > len(data):
             raise _damaged(where, f"member {info.name!r} is cut off")

@@ -13,6 +13,7 @@ S3 credentials and endpoint come from the usual AWS places (environment, profile
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import random
@@ -27,7 +28,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import boto3
 import fsspec
 from botocore.config import Config
-from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError
+from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, IncompleteReadError
 from urllib3.exceptions import HTTPError
 
 from pipeline.contract import MicaclError, digest
@@ -118,7 +119,7 @@ class LocalStore(Store):
     """A folder on a file system."""
 
     def _path(self, key: str) -> Path:
-        if ".." in key.split("/"):
+        if ".." in key.split("/") or key.startswith("/"):
             raise ValueError(f"key {key!r} leaves the store")
         return Path(self.root, key)
 
@@ -157,7 +158,9 @@ class LocalStore(Store):
             for name in names:
                 path = Path(parent, name)
                 key = path.relative_to(self.root).as_posix()
-                if not name.startswith(_TEMPORARY) and key.startswith(prefix):
+                if name.startswith(_TEMPORARY) or not key.startswith(prefix):
+                    continue
+                with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
                     stat = path.stat()
                     yield Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
 
@@ -245,7 +248,12 @@ class S3Store(Store):
                     out += chunk
                 if len(out) - got == total:
                     return bytes(out)
-            except (HTTPClientError, HTTPError, OSError) as error:  # the body broke off: boto3 does not retry that
+            except (
+                HTTPClientError,
+                IncompleteReadError,
+                HTTPError,
+                OSError,
+            ) as error:  # the body broke off: boto3 does not retry that
                 if attempt == ATTEMPTS - 1:
                     raise self._broken(key, len(out)) from error
             except ClientError as error:

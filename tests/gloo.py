@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 
 
 def run_ranks(function: Callable[..., Any], ranks: int, folder: Path, *args: Any) -> list[Any]:
-    """`function(rank, ranks, *args)` in `ranks` processes; its return values (JSON) by rank. A failing rank fails all."""
+    """`function(rank, ranks, *args)` in `ranks` processes; its return values by rank. A failing rank fails all."""
     folder.mkdir(parents=True, exist_ok=True)
     spawn(_main, args=(function, ranks, str(folder), args), nprocs=ranks)  # type: ignore[no-untyped-call]
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]

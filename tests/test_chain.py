@@ -1,4 +1,4 @@
-"""The whole chain by its commands, on a real S3 server with real Ray, DeepSpeed and video: raw bucket to predictions."""
+"""The whole chain by its commands, on real S3, Ray, DeepSpeed and video: raw bucket to predictions."""
 
 from __future__ import annotations
 

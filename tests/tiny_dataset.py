@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.bags import Bag, encode_jpeg
 from pipeline.contract import DFEW_LABELS, BagMeta, CropConfig, PackConfig, Video, canonical_json, digest
-from pipeline.crop import BagStub, CropRecord, crop_key
+from pipeline.crop import CropRecord, bag_stub, crop_key
 from pipeline.dataset import commit, version_body
 from pipeline.pack import UNLABELLED, pack_shard, plan_shards
 from pipeline.shards import bag_members, write_members
@@ -133,12 +133,11 @@ def _frame(angle: float, t: float, size: int, rng: np.random.Generator) -> RGB:
 
 def put_crop(store: Store, video: Video, bags: list[Bag], crop: CropConfig = CROP) -> CropRecord:
     """A crop object as `crop_video` writes it."""
-    blocks = [(bag.meta.key, write_members(bag_members(bag)[:-1])) for bag in bags]
     record = CropRecord(
         video=video.name,
         object=crop_key(video, crop),
         frames=sum(bag.meta.frames for bag in bags),
-        bags=tuple(BagStub(key=key, sha256=digest(data), size=len(data)) for key, data in blocks),
+        bags=tuple(bag_stub(bag) for bag in bags),
     )
     return _put_record(store, record, bags)
 
