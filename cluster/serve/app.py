@@ -9,13 +9,13 @@ two go tar blocks as in a shard, and JSON-like values back. Uploads live in memo
 never written to disk and nothing of them is logged.
 
 `build` is the door for `serve deploy cluster/deploy/serve.yaml`, `run_server` the one for `micacl serve`.
-"""
 
-from __future__ import annotations
+No `from __future__ import annotations` in this file: Ray Serve copies the class below while the module is being read,
+and FastAPI could not look up annotations that are text in the copy.
+"""
 
 import asyncio
 import contextlib
-import importlib.metadata
 import importlib.resources
 import logging
 import math
@@ -36,7 +36,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.serve.client import wait_for_health
 from cluster.serve.schemas import MIB, Answer, BuildArgs, Health, Refusal, Refused, Seconds, busy, unusable
-from cluster.serve.steps import open_bundle, preprocess, read_body, synthetic_bag
+from cluster.serve.steps import installed_version, open_bundle, preprocess, read_body, synthetic_bag
 from micacl.bundle import load_bundle
 from micacl.predictor import FacePrediction, Predictor
 from pipeline.bags import Bag
@@ -55,7 +55,7 @@ _PAGE_HEADERS = {
 
 api = FastAPI(
     title="MICACL",
-    version=importlib.metadata.version("micacl"),
+    version=installed_version(),
     docs_url=None,  # these two pages would load scripts from elsewhere
     redoc_url=None,
     openapi_url="/v1/openapi.json",
@@ -64,7 +64,9 @@ api = FastAPI(
 
 @api.exception_handler(Refused)
 async def _say_refused(_: Request, refused: Refused) -> JSONResponse:
-    headers = {"Retry-After": str(refused.retry_s)} if refused.retry_s else None
+    headers = {"Retry-After": str(refused.retry_s)} if refused.retry_s else {}
+    if refused.status == 408:
+        headers["Connection"] = "close"  # else the rest of the slow upload would be waited for
     return JSONResponse(refused.body.model_dump(), refused.status, headers)
 
 
@@ -152,6 +154,7 @@ class Ingress:
     name="Classifier",
     max_ongoing_requests=32,
     max_queued_requests=128,
+    graceful_shutdown_wait_loop_s=0.5,
     max_constructor_retry_count=3,
     ray_actor_options={"num_cpus": 0.5},
 )
@@ -206,17 +209,20 @@ def build(args: BuildArgs | dict[str, Any]) -> serve.Application:
 
 
 @contextlib.contextmanager
-def run_server(bundle_url: str, host: str, port: int, say: Callable[[str], None]) -> Iterator[str]:
+def run_server(
+    bundle_url: str, host: str, port: int, say: Callable[[str], None], *, max_upload_mb: int = 100
+) -> Iterator[str]:
     """Serve a bundle on the Ray that is up; yields the URL once it answers, stops Serve at the end.
 
-    Everything that can be known before is checked before. Raises MicaclError.
+    The model takes a GPU where the cluster has one. What can be known before Ray Serve starts is checked before.
+    Raises MicaclError.
     """
     bundle = load_bundle(bundle_url)
     _check_port(host, port)
     _refuse_second_serve()
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     say(f"bundle {bundle.id}: {', '.join(bundle.labels)}; model on {'one GPU' if gpus else 'the CPU'}")
-    args = BuildArgs(bundle=bundle_url, gpus=gpus)
+    args = BuildArgs(bundle=bundle_url, gpus=gpus, max_upload_mb=max_upload_mb)
     options = {"host": host, "port": port, "request_timeout_s": args.upload_s + bundle.crop.max_decode_s}
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     try:
@@ -224,7 +230,7 @@ def run_server(bundle_url: str, host: str, port: int, say: Callable[[str], None]
         wait_for_health(url := _url(host, port), 60)
         yield url
     finally:
-        serve.shutdown()
+        _stop()
 
 
 def _start(args: BuildArgs, http_options: dict[str, Any]) -> None:
@@ -240,12 +246,22 @@ def _start(args: BuildArgs, http_options: dict[str, Any]) -> None:
         ) from error
 
 
+def _stop() -> None:
+    """Stop Ray Serve. Its own `shutdown` alone ends in a line about a failed task, in red, though all went well."""
+    if _serve_is_up():
+        ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve").graceful_shutdown.remote(wait=False)
+        end_s = time.monotonic() + 30
+        while _serve_is_up() and time.monotonic() < end_s:
+            time.sleep(0.1)
+    serve.shutdown()
+
+
 def _why_not(error: RuntimeError) -> str:
     """The last line of the traceback that a deployment reported, else of Serve's own error."""
     application = serve.status().applications.get(APPLICATION)
     reports = [deployment.message for deployment in application.deployments.values()] if application else []
     text = max(reports, key=len, default="") or str(error)
-    return str(text.strip().splitlines()[-1])
+    return str(text.strip().splitlines()[-1].strip())
 
 
 def _url(host: str, port: int) -> str:
@@ -275,9 +291,13 @@ def _check_port(host: str, port: int) -> None:
         ) from error
 
 
+def _serve_is_up() -> bool:
+    return any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True))
+
+
 def _refuse_second_serve() -> None:
     """A cluster has one Ray Serve; ours would change its port and stop its applications. Raises MicaclError."""
-    if any(actor["namespace"] == "serve" for actor in ray.util.list_named_actors(all_namespaces=True)):
+    if _serve_is_up():
         raise MicaclError(
             "Ray Serve already runs on this cluster.",
             "Nothing was started: it has one HTTP port for all applications.",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib.metadata
 from collections.abc import AsyncIterator
 
 import numpy as np
@@ -18,6 +19,14 @@ from micacl.bundle import Bundle, load_bundle
 from pipeline.bags import Bag, encode_jpeg, video_to_bags
 from pipeline.contract import BagMeta, CropConfig, Video
 from pipeline.shards import bag_members, write_members
+
+
+def installed_version() -> str:
+    """Of this package; a checkout that runs without being installed has none."""
+    try:
+        return importlib.metadata.version("micacl")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def open_bundle(args: BuildArgs) -> Bundle:
