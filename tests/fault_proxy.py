@@ -1,8 +1,8 @@
 """A TCP proxy that breaks connections on purpose: what a network does to an object store, in front of a real one.
 
-    with FaultProxy(port) as proxy:
-        proxy.cut_after = 100_000     # the next answer that is longer ends there, once
-        proxy.refusals = 2            # the next two connections get 503 Slow Down
+with FaultProxy(port) as proxy:
+    proxy.cut_after = 100_000     # the next answer that is longer ends there, once
+    proxy.refusals = 2            # the next two connections get 503 Slow Down
 """
 
 from __future__ import annotations

@@ -78,6 +78,14 @@ def test_a_second_prepare_writes_nothing_and_says_so(chain: dict[str, Any]) -> N
     assert (chain["again"]["videos_decoded"], chain["again"]["shards_written"]) == (0, 0)
 
 
+def test_too_many_quarantined_is_exit_code_3(chain: dict[str, Any]) -> None:
+    root = chain["root"]
+    done = micacl("prepare", f"{root}/raw/labels.csv", f"{root}/dataset", "--max-quarantined", "0.01")
+    assert done.code == 3
+    assert "more than --max-quarantined 0.01" in done.stderr
+    assert done.result["committed"]  # on top of the version that forgot somebody: the videos are still in the bucket
+
+
 def test_the_dataset_verifies(chain: dict[str, Any]) -> None:
     assert chain["verify"]["ok"]
     assert chain["verify"]["bags"] == 22 + chain["real"]
@@ -132,7 +140,6 @@ def test_predictions_have_a_row_for_every_video(chain: dict[str, Any]) -> None:
 
 def test_a_forgotten_subject_is_in_no_new_version(chain: dict[str, Any]) -> None:
     assert chain["forget"]["version"] == 2
-    dataset = open_dataset(f"{chain['root']}/dataset")
-    assert dataset.number == 2
+    dataset = open_dataset(f"{chain['root']}/dataset", 2)
     assert "s00" not in dataset.index["subject"].to_pylist()
     assert dataset.index.num_rows + chain["forget"]["bags"] == 22 + chain["real"]

@@ -1,0 +1,75 @@
+"""What the documents tell a user to type exists: verbs, flags, files, recipes."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from cluster.cli import VERBS
+from micacl.recipes import RECIPES
+from pipeline.cli import VERBS as PIPELINE_VERBS
+from pipeline.cli import run
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands() -> list[tuple[str, str]]:
+    """(page, command) of every `micacl ...` line in a code block."""
+    found = []
+    for page in PAGES:
+        for block in re.findall(r"```\w*\n(.*?)```", page.read_text(), re.DOTALL):
+            lines = [line.split("  #")[0].strip() for line in block.splitlines()]
+            found += [(page.name, line) for line in lines if re.match(r"(ray job submit|micacl |python -m pipeline )", line)]
+    return found
+
+
+@pytest.mark.parametrize(("page", "command"), commands())
+def test_commands_parse(page: str, command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each flag of a documented command is one that its verb has."""
+    words = shlex.split(command.split(" -- ")[-1].replace("[flags]", ""))
+    verbs = PIPELINE_VERBS if words[0] == "python" else VERBS
+    verb, *rest = words[3:] if words[0] == "python" else words[1:]
+    assert verb in verbs, f"{page}: {command}"
+    flags = [word for word in rest if word.startswith("--")]
+    if verb == "train" and "RECIPE" not in rest:
+        assert rest[0] in RECIPES
+    recipe = [rest[0] if rest[0] in RECIPES else "tiny-cpu"] if verb == "train" else []
+    assert run(verbs, "micacl", [verb, *recipe, "--help"]) == 0
+    shown = capsys.readouterr().out
+    for flag in flags:
+        assert flag in shown, f"{page}: {command}"
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(commands()) >= 12
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text()):
+        assert "://" in target or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_files_named_in_the_architecture_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    for name in re.findall(r"`((?:pipeline|micacl|cluster)/[\w/]+\.py)`", text):
+        assert (ROOT / name).exists(), name
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_builds(name: str) -> None:
+    from micacl.config import RunConfig, from_dict, to_dict
+    from micacl.model.micacl import build_model
+
+    config = RECIPES[name]()
+    assert from_dict(RunConfig, to_dict(config)) == config
+    assert build_model(config.model, seed=0).training
+
+
+def test_no_page_names_a_private_path() -> None:
+    for page in [*PAGES, *sorted((ROOT / "docs" / "decisions").glob("*.md"))]:
+        assert not re.search(r"/(root|home|opt)/|file://", page.read_text()), page.name
