@@ -48,7 +48,11 @@ def s3(s3_server: ObjectStore) -> Callable[[str], str]:
     """`s3("raw")` -> `s3://tests/raw-0`: an empty place of the test's own."""
     del s3_server
     numbers = itertools.count()
-    return lambda name="t": f"s3://{_BUCKET}/{name}-{next(numbers)}"
+
+    def place(name: str = "t") -> str:
+        return f"s3://{_BUCKET}/{name}-{next(numbers)}"
+
+    return place
 
 
 @pytest.fixture

@@ -287,7 +287,7 @@ def test_a_read_that_breaks_off_is_resumed(
     assert store.get("big") == BIG
     assert proxy.cuts == 1
     assert proxy.sent.count(b"GET ") == 2
-    if cut_after > 2**20:  # what was read is kept; the rest is asked for by range, and only of the same object
+    if cut_after > 2**20 and not reset:  # what was read is kept, the rest asked for by range, of the same object only
         assert (found := re.search(rb"Range: bytes=(\d+)-\r", proxy.sent, re.IGNORECASE))
         assert 2**20 <= int(found[1]) <= cut_after
         assert b"if-match: " in proxy.sent.lower()
@@ -338,4 +338,4 @@ def test_a_server_that_stays_broken_is_an_error_in_words(
     proxy.on_cut = lambda: setattr(proxy, "cut_after", 1_000)
     with pytest.raises(MicaclError, match=r"broke 2 times, \d+ bytes were read.*network"):
         store.get("big")
-    assert proxy.cuts == 2
+    assert proxy.cuts >= 2  # a reset can come before the headers; boto3 asks again by itself then
