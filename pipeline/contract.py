@@ -26,6 +26,7 @@ DFEW_LABELS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"
 """The seven basic expressions in the order of the DFEW label files. Stored as words, never as numbers."""
 
 SPLITS = ("train", "val", "test")
+DETECTOR = "yunet-2023mar"
 
 
 class MicaclError(Exception):
@@ -100,7 +101,7 @@ class CropConfig:
     detect_side: int = 640
     """Frames are scaled down (never up) to this long side before detection, pixels."""
     detect_score: float = 0.6
-    detector: str = "yunet-2023mar"
+    detector: str = DETECTOR
     faces: str = "largest"
     """`largest` keeps one track a video, `all` keeps every track."""
     instances: int = 4
@@ -120,6 +121,27 @@ class CropConfig:
     def __post_init__(self) -> None:
         if self.faces not in ("largest", "all"):
             raise MicaclError(f"--crop.faces is {self.faces!r}.", "Nothing was done.", "Use largest or all.")
+        require_at_least(
+            1,
+            ("--crop.instances", self.instances),
+            ("--crop.frames-per-instance", self.frames_per_instance),
+            ("--crop.detect-every", self.detect_every),
+            ("--crop.max-bytes", self.max_bytes),
+            ("--crop.max-pixels", self.max_pixels),
+        )
+        for flag, value, low, high in (
+            ("--crop.size", self.size, 16, 1024),
+            ("--crop.margin", self.margin, 0.5, 10),
+            ("--crop.detect-side", self.detect_side, 64, 4096),
+            ("--crop.detect-score", self.detect_score, 0.01, 1),
+            ("--crop.jpeg-quality", self.jpeg_quality, 1, 100),
+            ("--crop.instances times --crop.frames-per-instance", self.instances * self.frames_per_instance, 1, 4096),
+            ("--crop.max-seconds", self.max_seconds, 0, 86400),
+            ("--crop.max-decode-s", self.max_decode_s, 0, 86400),
+        ):
+            require_between(low, high, flag, value)
+        if self.detector != DETECTOR:
+            raise MicaclError(f"--crop.detector is {self.detector!r}.", "No face can be found.", f"Use {DETECTOR}.")
         if self.min_frames < self.instances:
             raise MicaclError(
                 f"--crop.min-frames {self.min_frames} is below --crop.instances {self.instances}.",
@@ -141,6 +163,9 @@ class PackConfig:
     """Per shard."""
     max_bytes: int = 64 * 2**20
     """Per shard; a single larger bag still gets a shard of its own."""
+
+    def __post_init__(self) -> None:
+        require_at_least(1, ("--pack.max-bags", self.max_bags), ("--pack.max-bytes", self.max_bytes))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,15 +207,15 @@ class BagMeta:
         return canonical_json(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> BagMeta:
-        fields = json_object(text, "a bag's json")
-        require_schema(fields.get("schema"), "a bag")
+    def from_json(cls, text: str | bytes, where: str = "a bag") -> BagMeta:
+        fields = json_object(text, f"json in {where}")
+        require_schema(fields.get("schema"), where)
         try:
             fields["instance_frames"] = tuple(fields["instance_frames"])
             fields["boxes"] = tuple(tuple(box) for box in fields["boxes"])
             return cls(**fields)
         except (KeyError, TypeError) as error:
-            raise foreign("a bag's json", error) from error
+            raise foreign(f"json in {where}", error) from error
 
 
 def digest(data: bytes) -> str:
@@ -221,6 +246,19 @@ def foreign(what: str, error: Exception) -> MicaclError:
         "Nothing was read from it.",
         "It was changed after it was written, or by hand: delete it and make it again (prepare, train, export).",
     )
+
+
+def require_at_least(least: float, *flags: tuple[str, float]) -> None:
+    """Refuse numbers below `least`, naming the flag. Raises MicaclError."""
+    for flag, value in flags:
+        if not value >= least:
+            raise MicaclError(f"{flag} is {value}.", "Nothing was done.", f"Give {least:g} or more.")
+
+
+def require_between(low: float, high: float, flag: str, value: float) -> None:
+    """Refuse a number outside [low, high], naming the flag. Raises MicaclError."""
+    if not low <= value <= high:
+        raise MicaclError(f"{flag} is {value}.", "Nothing was done.", f"Give a value from {low:g} to {high:g}.")
 
 
 def require_schema(found: object, what: str) -> None:

@@ -62,13 +62,13 @@ class CropRecord:
         return canonical_json(dataclasses.asdict(self))
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> CropRecord:
-        fields: dict[str, Any] = json_object(text, "a crop's record")
-        require_schema(fields.get("schema"), "a crop")
+    def from_json(cls, text: str | bytes, where: str = "a crop") -> CropRecord:
+        fields: dict[str, Any] = json_object(text, f"a record in {where}")
+        require_schema(fields.get("schema"), where)
         try:
             return cls(**{**fields, "bags": tuple(BagStub(**b) for b in fields["bags"])})
         except (KeyError, TypeError) as error:
-            raise foreign("a crop's record", error) from error
+            raise foreign(f"a record in {where}", error) from error
 
 
 def crop_key(video: Video, config: CropConfig) -> str:
@@ -80,16 +80,23 @@ def read_record(store: Store, key: str) -> CropRecord | None:
     """The record of a crop that is there, by one small read; None if there is none."""
     try:
         head = store.read_range(key, 0, _HEAD_BYTES)
-        size = int(head[124:136].rstrip(b"\0 ") or b"0", 8)
-        if 512 + size > len(head):
-            head = store.read_range(key, 0, 512 + size)
     except FileNotFoundError:
         return None
-    return CropRecord.from_json(head[512 : 512 + size])
+    size = _octal(head[124:136])
+    if 512 + size > len(head):
+        head = store.read_range(key, 0, 512 + size)
+    return CropRecord.from_json(head[512 : 512 + size], store.url(key))
+
+
+def _octal(field: bytes) -> int:
+    """The size in a tar header; 0 (and so a record that is refused by name) if it is none."""
+    digits = field.rstrip(b"\0 ")
+    return int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else 0
 
 
 def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropRecord, bool]:
     """Crop one video unless that is done. Returns the record and whether this call did the work."""
+    video = video if video.fingerprint else dataclasses.replace(video, fingerprint=_fingerprint_now(video))
     key = crop_key(video, config)
     found = read_record(store, key)
     if found is not None:
@@ -113,15 +120,22 @@ def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropReco
     return record, True
 
 
+def _fingerprint_now(video: Video) -> str:
+    """Of a video that no listing gave one: a file that was missing is looked for again in every run."""
+    root, key = split_url(video.url)
+    found = open_store(root).stat(key)
+    return found.fingerprint if found else Reason.MISSING.value
+
+
 def fetch_video(video: Video, config: CropConfig) -> bytes:
     """The encoded video. Raises Quarantined(MISSING | TOO_MANY_BYTES)."""
     root, key = split_url(video.url)
     source = open_store(root)
-    size = source.size(key)
-    if size is None:
+    found = source.stat(key)
+    if found is None:
         raise Quarantined(Reason.MISSING, f"{video.url} is not there")
-    if size > config.max_bytes:
-        raise Quarantined(Reason.TOO_MANY_BYTES, f"{size} bytes, the cap is {config.max_bytes}")
+    if found.size > config.max_bytes:
+        raise Quarantined(Reason.TOO_MANY_BYTES, f"{found.size} bytes, the cap is {config.max_bytes}")
     return source.get(key)
 
 

@@ -102,18 +102,19 @@ def follow_faces(frames: Iterable[Frame], config: CropConfig) -> list[Track]:
     alive: list[_Open] = []
     pending: list[Frame] = []
     previous: RGB | None = None
+    at_once = True  # at the start and after a cut
     for frame in frames:
         thumbnail = _thumbnail(frame.rgb_HWC)
         if previous is not None and _is_cut(previous, thumbnail):
             _hold(alive, pending, config)
             finished += [o.track for o in alive]
-            alive, pending = [], []
+            alive, pending, at_once = [], [], True
         previous = thumbnail
         pending.append(frame)
-        if len(pending) >= config.detect_every or (not alive and len(pending) == 1):
+        if len(pending) >= config.detect_every or at_once:
             alive, ended = _search(alive, pending, config)
             finished += ended
-            pending = []
+            pending, at_once = [], False
     _hold(alive, pending, config)
     finished += [o.track for o in alive]
     kept = [t for t in finished if len(t.cuts) >= config.min_frames]

@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline.bags import Bag
 from pipeline.contract import SCHEMA_VERSION, BagMeta, MicaclError, PackConfig, Video, canonical_json, digest
-from pipeline.crop import CropRecord, read_crop
+from pipeline.crop import CropRecord, bag_stub, read_crop
 from pipeline.dataset import read_index, write_index
 from pipeline.shards import Span, write_shard
 from pipeline.storage import Store
@@ -115,17 +115,31 @@ def pack_shard(plan: ShardPlan, store: Store) -> tuple[dict[str, Any], bool]:
 
 
 def _gather(plan: ShardPlan, store: Store) -> Iterator[Bag]:
-    """The plan's bags in its order, with what the table says of them."""
-    for member in plan.members:
-        bag = next((b for b in read_crop(store, member.crop) if b.meta.key == member.key), None)
-        if bag is None:
-            raise MicaclError(
-                f"{store.url(member.crop)} does not hold the bag {member.key}.",
-                "The shard was not written.",
-                "Delete that crop and run the same command again.",
-            )
+    """The plan's bags in its order, with what the table says of them; each is what was planned, by its hash."""
+    crops: dict[str, list[Bag]] = {}
+    for member in plan.members:  # in key order, so the bags of one video follow each other
+        if member.crop not in crops:
+            crops = {member.crop: _crop_of(store, member.crop)}
+        bag = next((b for b in crops[member.crop] if b.meta.key == member.key), None)
+        if bag is None or bag_stub(bag).sha256 != member.sha256:
+            raise _unusable(store, member.crop, f"does not hold the bag {member.key} as it was cropped")
         label = None if plan.label == UNLABELLED else plan.label
         yield Bag(dataclasses.replace(bag.meta, label=label, split=plan.split, subject=member.subject), bag.jpegs)
+
+
+def _crop_of(store: Store, key: str) -> list[Bag]:
+    try:
+        return read_crop(store, key)
+    except FileNotFoundError as error:
+        raise _unusable(store, key, "is gone") from error
+
+
+def _unusable(store: Store, key: str, what: str) -> MicaclError:
+    return MicaclError(
+        f"{store.url(key)} {what}.",
+        "Its shard was not written and no version was committed.",
+        "Delete that crop, if it is there, and run the same command again: it is made anew.",
+    )
 
 
 def _row(meta: BagMeta, span: Span, plan: ShardPlan) -> dict[str, Any]:

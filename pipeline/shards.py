@@ -68,13 +68,12 @@ def write_shard(bags: Sequence[Bag]) -> tuple[bytes, list[Span]]:
 
 def read_members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of the regular files in tar blocks. Raises MicaclError on anything but plain, capped members."""
-    at, count = 0, 0
+    at = 0
     while at + _BLOCK <= len(data) and data[at] != 0:
         try:
             info = tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "strict")
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             raise _damaged(where, f"no tar header at byte {at}: {error}") from error
-        count += 1
         start, end = at + _BLOCK, at + _BLOCK + info.size
         if not info.isreg() or not 0 <= info.size <= MAX_MEMBER_BYTES:
             raise _damaged(where, f"member {info.name!r} is no plain file of at most {MAX_MEMBER_BYTES} bytes")
@@ -82,6 +81,8 @@ def read_members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
             raise _damaged(where, f"member {info.name!r} is cut off")
         yield info.name, data[start:end]
         at = start + -(-info.size // _BLOCK) * _BLOCK
+    if 0 < len(data) - at < _BLOCK:
+        raise _damaged(where, f"less than a header is left at byte {at}")
 
 
 def read_bag(data: bytes, where: str) -> Bag:
@@ -99,7 +100,7 @@ def read_bags(data: bytes, where: str) -> Iterator[Bag]:
         if name.endswith(".jpg") and len(frames) < MAX_MEMBERS:
             frames.append((name, member))
         elif name.endswith(".json") and frames:
-            yield _assemble(BagMeta.from_json(member), frames, where)
+            yield _assemble(BagMeta.from_json(member, where), frames, where)
             frames = []
         else:
             raise _damaged(where, f"unexpected member {name!r}")
@@ -108,6 +109,9 @@ def read_bags(data: bytes, where: str) -> Iterator[Bag]:
 
 
 def _assemble(meta: BagMeta, frames: list[tuple[str, bytes]], where: str) -> Bag:
+    counts = meta.instance_frames
+    if not all(isinstance(n, int) and n > 0 for n in counts) or sum(counts) != len(frames):
+        raise _damaged(where, f"the frames of {meta.key!r} are {len(frames)}, its json lists {counts}")
     names = [f"{meta.key}.{i:02d}.{f:03d}.jpg" for i, n in enumerate(meta.instance_frames) for f in range(n)]
     if [name for name, _ in frames] != names:
         raise _damaged(where, f"the frames of {meta.key!r} are not the {len(names)} that its json lists")

@@ -20,7 +20,7 @@ import random
 import secrets
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -55,13 +55,13 @@ class Store(ABC):
     """A folder in some storage. Small and picklable: clients are made in the process that uses them."""
 
     def __init__(self, url: str) -> None:
-        self.root = url.rstrip("/")
+        self.root = url.rstrip("/") or "/"
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.root!r})"
 
     def url(self, key: str) -> str:
-        return f"{self.root}/{key}" if key else self.root
+        return f"{self.root.rstrip('/')}/{key}" if key else self.root
 
     @abstractmethod
     def get(self, key: str) -> bytes:
@@ -84,15 +84,20 @@ class Store(ABC):
         """Every object whose key starts with `prefix`, in no promised order, page by page."""
 
     @abstractmethod
-    def size(self, key: str) -> int | None:
-        """Bytes of the object, or None if there is none."""
+    def stat(self, key: str) -> Entry | None:
+        """What a listing would say of the object, or None if there is none."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
         """Remove; a missing key is no error."""
 
     def exists(self, key: str) -> bool:
-        return self.size(key) is not None
+        return self.stat(key) is not None
+
+    def size(self, key: str) -> int | None:
+        """Bytes of the object, or None if there is none."""
+        found = self.stat(key)
+        return found.size if found else None
 
     def check(self) -> None:  # noqa: B027  (nothing to check is a valid answer)
         """Raise MicaclError if the bucket is missing or refuses our credentials."""
@@ -112,7 +117,7 @@ def open_store(url: str) -> Store:
 def split_url(url: str) -> tuple[str, str]:
     """`s3://b/p/x.mp4` -> (`s3://b/p`, `x.mp4`): the store and the key of one object."""
     root, _, key = url.rstrip("/").rpartition("/")
-    return root or ".", key
+    return root or ("/" if url.startswith("/") else "."), key
 
 
 class LocalStore(Store):
@@ -134,12 +139,21 @@ class LocalStore(Store):
     def _temporary(self, path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")
-        temporary.write_bytes(data)
+        try:
+            temporary.write_bytes(data)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
         return temporary
 
     def put(self, key: str, data: bytes) -> None:
         path = self._path(key)
-        self._temporary(path, data).replace(path)
+        temporary = self._temporary(path, data)
+        try:
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         path = self._path(key)
@@ -161,26 +175,30 @@ class LocalStore(Store):
                 if name.startswith(_TEMPORARY) or not key.startswith(prefix):
                     continue
                 with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
-                    stat = path.stat()
-                    yield Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+                    yield _local_entry(key, path)
 
-    def size(self, key: str) -> int | None:
+    def stat(self, key: str) -> Entry | None:
         path = self._path(key)
-        return path.stat().st_size if path.is_file() else None
+        return _local_entry(key, path) if path.is_file() else None
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
 
 
+def _local_entry(key: str, path: Path) -> Entry:
+    stat = path.stat()
+    return Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
 @functools.lru_cache(maxsize=4)
-def _s3_client(pid: int) -> S3Client:
+def _s3_client(pid: int, attempts: int = ATTEMPTS) -> S3Client:
     del pid  # a forked process must not share its parent's sockets
     return boto3.session.Session().client(  # a session of its own: the default one keeps the first credentials it saw
         "s3",
         config=Config(
             connect_timeout=5,
             read_timeout=20,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": attempts},
             max_pool_connections=32,
         ),
     )
@@ -215,7 +233,17 @@ class S3Store(Store):
 
     @property
     def _client(self) -> S3Client:
-        return _s3_client(os.getpid())
+        return self._client_of(ATTEMPTS)
+
+    def _client_of(self, attempts: int) -> S3Client:
+        try:
+            return _s3_client(os.getpid(), attempts)
+        except ValueError as error:
+            raise MicaclError(
+                f"The object store's client cannot be made: {error}.",
+                "No bucket can be opened.",
+                "Check AWS_ENDPOINT_URL: it needs http:// or https://.",
+            ) from error
 
     def _call(self, key: str, call: Callable[[], T]) -> T:
         try:
@@ -224,7 +252,8 @@ class S3Store(Store):
             raise _refusal(error, self.url(key)) from error
 
     def check(self) -> None:
-        self._call("", lambda: self._client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
+        client = self._client_of(2)  # a wrong endpoint should not take six attempts to be told
+        self._call("", lambda: client.list_objects_v2(Bucket=self.bucket, MaxKeys=1))
 
     def get(self, key: str) -> bytes:
         return self._read(key, 0, None)
@@ -303,25 +332,31 @@ class S3Store(Store):
                 for item in page.get("Contents", []):
                     key, size = item["Key"].removeprefix(self.prefix), item["Size"]
                     if not key.endswith("/"):
-                        yield Entry(key, size, f"{size}-{item['ETag'].strip(chr(34))}")
+                        yield _s3_entry(key, size, item["ETag"])
         except (ClientError, BotoCoreError) as error:
             raise _refusal(error, self.url(prefix)) from error
 
-    def size(self, key: str) -> int | None:
+    def stat(self, key: str) -> Entry | None:
         try:
             head = self._call(key, lambda: self._client.head_object(Bucket=self.bucket, Key=self.prefix + key))
         except FileNotFoundError:
             return None
-        return int(head["ContentLength"])
+        return _s3_entry(key, int(head["ContentLength"]), head["ETag"])
 
     def delete(self, key: str) -> None:
         self._call(key, lambda: self._client.delete_object(Bucket=self.bucket, Key=self.prefix + key))
+
+
+def _s3_entry(key: str, size: int, etag: str) -> Entry:
+    return Entry(key, size, f"{size}-{etag.strip(chr(34))}")
 
 
 class FsspecStore(Store):
     """Anything else that fsspec opens (gs://, az://, memory://, ...). Its client library must be installed."""
 
     def _open(self, key: str) -> tuple[Any, str]:
+        if ".." in key.split("/"):
+            raise ValueError(f"key {key!r} leaves the store")
         try:
             fs, path = fsspec.core.url_to_fs(self.url(key))
         except (ImportError, ValueError) as error:
@@ -356,20 +391,25 @@ class FsspecStore(Store):
         for path, info in fs.find(f"{root}/{folder}" if folder else root, detail=True).items():
             key = path.removeprefix(root).lstrip("/")
             if key.startswith(prefix):
-                stamp = info.get("etag") or info.get("mtime") or info.get("created") or ""
-                yield Entry(key, int(info["size"]), f"{info['size']}-{digest(str(stamp).encode())[:16]}")
+                yield _fsspec_entry(key, info)
 
-    def size(self, key: str) -> int | None:
+    def stat(self, key: str) -> Entry | None:
         fs, path = self._open(key)
         try:
-            return int(fs.info(path)["size"])
+            info = fs.info(path)
         except FileNotFoundError:
             return None
+        return _fsspec_entry(key, info) if info.get("type") == "file" else None
 
     def delete(self, key: str) -> None:
         fs, path = self._open(key)
         if fs.exists(path):
             fs.rm_file(path)
+
+
+def _fsspec_entry(key: str, info: Mapping[str, Any]) -> Entry:
+    stamp = info.get("etag") or info.get("mtime") or info.get("created") or ""
+    return Entry(key, int(info["size"]), f"{info['size']}-{digest(str(stamp).encode())[:16]}")
 
 
 def _backoff_s(attempt: int) -> float:

@@ -1,8 +1,8 @@
 """Bytes of a video -> frames with timestamps (PyAV), one at a time.
 
-Decoded packet by packet: a corrupted middle costs the frames that do not decode and no others, and `Decode.bad_packets`
-says how many. Display rotation and non-square pixels are honoured; variable frame rate is kept as timestamps.
-Memory holds one frame. Every cap is checked before the bytes it bounds are decoded.
+Decoded packet by packet: a corrupted middle costs the frames that do not decode (those after them may show traces of
+it), and `Decode.bad_packets` says how many packets were bad. Display rotation and non-square pixels are honoured;
+variable frame rate is kept as timestamps. Memory holds one frame. Caps are checked before the bytes they bound.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 from pipeline.contract import CropConfig, Quarantined, Reason
 
 RGB = NDArray[np.uint8]
+
+_FORMATS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,mxf,h264,hevc"
+"""Containers of videos and nothing else: FFmpeg's playlists and SDP would open other files and network ports."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ def read_frames(data: bytes, config: CropConfig, report: Decode | None = None) -
     if len(data) > config.max_bytes:
         raise Quarantined(Reason.TOO_MANY_BYTES, f"{len(data)} bytes, the cap is {config.max_bytes}")
     try:
-        container = av.open(io.BytesIO(data), mode="r")
+        container = av.open(io.BytesIO(data), mode="r", options={"format_whitelist": _FORMATS})
     except (FFmpegError, ValueError) as error:
         raise Quarantined(Reason.UNREADABLE, f"FFmpeg cannot open it: {_text(error)}") from error
     with container:
@@ -68,6 +71,8 @@ def _frames(container: av.container.InputContainer, config: CropConfig, report: 
     if not container.streams.video:
         raise Quarantined(Reason.NO_VIDEO_STREAM, "the container has no video stream")
     stream = container.streams.video[0]
+    if stream.codec_context is None:
+        raise Quarantined(Reason.NO_FRAMES, "FFmpeg knows no decoder for the video stream")
     stream.thread_count = 1  # workers are the parallelism; and one thread decodes the same everywhere
     _check_size(stream.codec_context.width, stream.codec_context.height, config)
     reformatter, start_s = VideoReformatter(), None

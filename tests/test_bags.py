@@ -67,13 +67,11 @@ def test_a_huge_jpeg_is_not_decoded() -> None:
     assert decode_jpeg(encode_jpeg(np.zeros((8, MAX_SIDE, 3), np.uint8), 90)).shape == (8, MAX_SIDE, 3)
 
 
-@pytest.mark.xfail(strict=True, reason="CropConfig takes sizes above bags.MAX_SIDE, which no reader decodes")
 def test_a_size_that_cannot_be_read_again_is_refused() -> None:
     with pytest.raises(MicaclError, match="size"):
         CropConfig(size=MAX_SIDE + 1)
 
 
-@pytest.mark.xfail(strict=True, reason="CropConfig checks only faces and min_frames")
 @pytest.mark.parametrize(
     "field",
     [

@@ -201,7 +201,6 @@ def test_a_crop_without_its_bag_is_an_error_in_words(store: LocalStore) -> None:
     assert list(store.list("shards/")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="pack._gather does not check a bag's frames against Member.sha256")
 def test_a_crop_that_was_damaged_is_not_packed(store: LocalStore) -> None:
     """Else the damage gets a valid sha256 in the index, and no later check can find it."""
     plan = plan_of(store, 1)
@@ -214,7 +213,6 @@ def test_a_crop_that_was_damaged_is_not_packed(store: LocalStore) -> None:
     assert list(store.list("shards/")) == []
 
 
-@pytest.mark.xfail(strict=True, reason="pack: a crop that is gone raises a bare FileNotFoundError")
 def test_a_crop_that_is_gone_is_an_error_in_words(store: LocalStore) -> None:
     plan = plan_of(store, 1)
     store.delete(plan.members[0].crop)

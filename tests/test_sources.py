@@ -73,9 +73,6 @@ def test_a_subject_that_looks_like_a_number_stays_text(raw: LocalStore) -> None:
     assert table(raw, "path,subject,label\nc.webm,007,1\n")[0].label == "1"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="list_table takes numbers of a Parquet column as they are; assign_split breaks on them"
-)
 def test_a_number_of_parquet_becomes_text_or_an_error_in_words(raw: LocalStore) -> None:
     try:
         (video,) = parquet(raw, {"path": ["c.webm"], "subject": [7], "label": ["happy"]})
@@ -121,7 +118,6 @@ def test_files_that_are_no_table(raw: LocalStore) -> None:
         list_videos(raw.url("none.csv"))
 
 
-@pytest.mark.xfail(strict=True, reason="list_table: IsADirectoryError of LocalStore.get is let through")
 def test_a_folder_is_no_table(raw: LocalStore) -> None:
     with pytest.raises(MicaclError):
         list_videos(raw.url("happy"), "table")

@@ -181,7 +181,7 @@ def test_frames_are_the_ones_that_were_encoded(face_frames: Callable[..., Bytes]
         ({"max_bytes": 100}, Reason.TOO_MANY_BYTES),
         ({"max_pixels": 128 * 192 - 1}, Reason.TOO_MANY_PIXELS),
         ({"max_seconds": 0.2}, Reason.TOO_LONG),
-        ({"max_decode_s": -1.0}, Reason.TOO_SLOW),
+        ({"max_decode_s": 0.0}, Reason.TOO_SLOW),
     ],
 )
 def test_each_cap_has_its_reason(video: bytes, change: dict[str, float], reason: Reason) -> None:
@@ -217,7 +217,7 @@ def test_stretched_pixels_count_towards_the_cap(video: bytes) -> None:
         (b"", Reason.EMPTY),
         (b"\0" * 4096, Reason.UNREADABLE),
         (TEXT, Reason.UNREADABLE),
-        (b"\xff\xd8\xff\xe0 not a picture", Reason.NO_FRAMES),
+        (b"\xff\xd8\xff\xe0 not a picture", Reason.UNREADABLE),
     ],
 )
 def test_no_video_at_all(data: bytes, reason: Reason) -> None:
@@ -251,12 +251,10 @@ def test_a_cut_off_transport_stream_keeps_what_is_there() -> None:
     assert 5 < len(cut) < len(whole) == 25
 
 
-@pytest.mark.xfail(strict=True, reason="codec_context is None for a codec that FFmpeg does not know")
 def test_a_codec_that_ffmpeg_does_not_know(video: bytes) -> None:
     assert reason_of(video.replace(b"avc1", b"zzz1")) in (Reason.UNREADABLE, Reason.NO_FRAMES)
 
 
-@pytest.mark.xfail(strict=True, reason="read_frames lets FFmpeg choose its concat demuxer, which opens files by name")
 def test_a_playlist_does_not_open_files_of_this_machine(
     video: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,7 +263,6 @@ def test_a_playlist_does_not_open_files_of_this_machine(
     assert reason_of(b"ffconcat version 1.0\nfile secret.mp4\n") is Reason.UNREADABLE
 
 
-@pytest.mark.xfail(strict=True, reason="read_frames lets FFmpeg choose its SDP demuxer: it opens a UDP port")
 @pytest.mark.slow
 def test_a_session_description_does_not_open_the_network() -> None:
     """FFmpeg waits 20 s of wall time on the port that the file names; no CPU time passes meanwhile."""
@@ -276,12 +273,7 @@ def test_a_session_description_does_not_open_the_network() -> None:
 # Damage by the dozen.
 
 
-NO_CODEC = {6, 9, 10, 33}  # the same bug as in test_a_codec_that_ffmpeg_does_not_know
-NO_CONTEXT = pytest.mark.xfail(strict=True, reason="codec_context is None")
-SEEDS = [pytest.param(seed, marks=[NO_CONTEXT] if seed in NO_CODEC else []) for seed in range(60)]
-
-
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", range(60))
 def test_damage_ends_in_frames_or_a_reason(video: bytes, seed: int) -> None:
     rng, data = np.random.default_rng(seed), bytearray(video)
     moov = boxes(video, b"moov")[0]

@@ -26,8 +26,10 @@ def list_table(url: str) -> list[Video]:
     store.check()
     try:
         table = _read(store.get(name), url)
-    except FileNotFoundError as error:
-        raise MicaclError(f"{url} does not exist.", "Nothing was read.", "Correct the path of the table.") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise MicaclError(
+            f"{url} does not exist, or is a folder.", "Nothing was read.", "Correct the path of the table."
+        ) from error
     if "path" not in table.column_names:
         raise MicaclError(
             f"{url} has the columns {', '.join(table.column_names)}.",
@@ -35,7 +37,7 @@ def list_table(url: str) -> list[Video]:
             "Name the columns path, label and, if you have them, split and subject.",
         )
     known = {e.key: e.fingerprint for e in store.list()}
-    rows = table.select([c for c in COLUMNS if c in table.column_names]).to_pylist()
+    rows = _as_text(table.select([c for c in COLUMNS if c in table.column_names]), url).to_pylist()
     videos = [_video(row, store.root, known, f"{url} line {n + 2}") for n, row in enumerate(rows)]
     names = [v.name for v in videos]
     if len(set(names)) < len(names):
@@ -54,6 +56,14 @@ def _read(data: bytes, url: str) -> pa.Table:
         raise MicaclError(f"{url}: {error}.", "Nothing was read.", "Give a CSV with a header, or Parquet.") from error
 
 
+def _as_text(table: pa.Table, url: str) -> pa.Table:
+    """Subjects and paths are often numbers in Parquet; here they are names."""
+    try:
+        return table.cast(pa.schema([(name, pa.string()) for name in table.column_names]))
+    except pa.ArrowException as error:
+        raise MicaclError(f"{url}: {error}.", "Nothing was read.", "Write its columns as text.") from error
+
+
 def _video(row: dict[str, Any], root: str, known: dict[str, str], where: str) -> Video:
     path = row["path"]
     if not path:
@@ -65,7 +75,7 @@ def _video(row: dict[str, Any], root: str, known: dict[str, str], where: str) ->
     return Video(
         url=full,
         name=path,
-        fingerprint=known.get(path, ""),
+        fingerprint=known.get(path, ""),  # crop looks for those that this listing does not have
         label=row.get("label") or None,
         split=split,
         subject=row.get("subject") or None,
