@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import storage
+from pipeline import storage_s3
 from pipeline.contract import MicaclError
 from pipeline.demo import encode_mp4, hum
 from pipeline.demo_faces import Bytes, make_subject, render_clip
@@ -38,9 +38,9 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]
         with pytest.MonkeyPatch.context() as patch:
             for name, value in {**server.environment(), "NO_PROXY": "127.0.0.1"}.items():
                 patch.setenv(name, value)
-            storage._s3_client.cache_clear()
+            storage_s3._s3_client.cache_clear()
             yield server
-        storage._s3_client.cache_clear()
+        storage_s3._s3_client.cache_clear()
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +63,10 @@ def s3_environment(s3_server: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> I
     def change(**values: str) -> None:
         for name, value in values.items():
             monkeypatch.setenv(name, value)
-        storage._s3_client.cache_clear()
+        storage_s3._s3_client.cache_clear()
 
     yield change
-    storage._s3_client.cache_clear()
+    storage_s3._s3_client.cache_clear()
 
 
 @pytest.fixture(scope="session")

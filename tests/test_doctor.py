@@ -11,7 +11,7 @@ import pytest
 
 from cluster import doctor
 from cluster.doctor import Check, check_storage, format_table, run_checks
-from pipeline import storage
+from pipeline import storage, storage_s3
 from pipeline.contract import MicaclError
 from pipeline.object_store import ObjectStore, ObjectStoreConfig, find_weed
 from pipeline.storage import Entry, LocalStore
@@ -26,7 +26,7 @@ def by_name(checks: list[Check]) -> dict[str, Check]:
 
 def forget_clients(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make the next S3 call read the environment again: boto3's default session keeps what it once read."""
-    storage._s3_client.cache_clear()
+    storage_s3._s3_client.cache_clear()
     monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
 
 

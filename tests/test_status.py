@@ -14,7 +14,8 @@ from pipeline.contract import MicaclError
 from pipeline.dataset import version_key
 from pipeline.forget import forget
 from pipeline.status import UNREADABLE_RECORD, dataset_status
-from pipeline.storage import LocalStore, _s3_client
+from pipeline.storage import LocalStore
+from pipeline.storage_s3 import _s3_client
 from tests.tiny_dataset import CROP, make_dataset
 
 COUNTS = {"train": {"happy": 4, "sad": 2}, "test": {"happy": 2}}

@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import pytest
 
-from pipeline import storage
+from pipeline import storage_s3
 from pipeline.contract import MicaclError
 from pipeline.object_store import ObjectStore
 from pipeline.storage import LocalStore, Store, open_store, split_url
@@ -242,7 +242,7 @@ def test_wrong_credentials_are_an_error_in_words(
 def test_an_unknown_endpoint_is_an_error_in_words(
     s3_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 1)  # with the usual six boto3 waits some 15 s between them
+    monkeypatch.setattr(storage_s3, "ATTEMPTS", 1)  # with the usual six boto3 waits some 15 s between them
     s3_environment(AWS_ENDPOINT_URL=endpoint)
     for operation in operations(open_store("s3://tests/p")):
         with pytest.raises(MicaclError, match="Check AWS_ENDPOINT_URL"):
@@ -325,7 +325,7 @@ def test_a_commit_whose_answer_was_lost_is_ours(proxy: FaultProxy, s3: Callable[
 def test_a_server_that_stays_broken_is_an_error_in_words(
     proxy: FaultProxy, s3: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, reset: bool
 ) -> None:
-    monkeypatch.setattr(storage, "ATTEMPTS", 2)
+    monkeypatch.setattr(storage_s3, "ATTEMPTS", 2)
     store = open_store(s3("broken"))
     store.put("big", BIG)
     proxy.cut_after, proxy.reset = 1_500_000, reset
