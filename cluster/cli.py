@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline.cli import VERBS as PIPELINE_VERBS
-from pipeline.cli import Arguments, DatasetUrl, Raw, Verb, absolute, parse, run, say
-from pipeline.contract import MicaclError
+from pipeline.cli import Arguments, ArgumentsRefused, DatasetUrl, Raw, Verb, absolute, parse, run, say, stop_on_sigterm
+from pipeline.contract import MicaclError, require_at_least
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -30,6 +30,7 @@ VERBS: dict[str, Verb] = {
 
 def main() -> None:
     """The `micacl` command."""
+    stop_on_sigterm()
     sys.exit(run(VERBS, "micacl", sys.argv[1:]))
 
 
@@ -72,7 +73,7 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     recipes = ", ".join(RECIPES)
     if name in ("-h", "--help"):
         say(f"usage: {prog} RECIPE DATASET RUN [flags]\n\nrecipes: {recipes}\nflags: {prog} RECIPE --help")
-        raise SystemExit(0)
+        raise ArgumentsRefused(0, prog)
     if name not in RECIPES:
         raise MicaclError(f"{name or 'Nothing'!r} is no recipe.", "No run was started.", f"Choose one of: {recipes}.")
     default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=RECIPES[name]())
@@ -114,6 +115,7 @@ def evaluate(
     from pipeline.dataset import open_dataset
     from pipeline.ray_local import ray_session
 
+    require_at_least(1, ("--workers", workers))
     out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
     bundle, opened = load_model(absolute(model)), open_dataset(absolute(dataset), version)
     opened.split(split)
@@ -134,6 +136,7 @@ def export(run: Run, bundle: BundleUrl, step: int | None = None) -> dict[str, An
     from micacl.bundle import export_bundle
 
     made = export_bundle(absolute(run), absolute(bundle), step)
+    say(f"bundle {made.id} of step {made.origin['step']} in {made.url}")
     return {"bundle": made.url, "id": made.id, "labels": list(made.labels), "origin": dict(made.origin)}
 
 
@@ -165,6 +168,7 @@ def predict(
     from pipeline.sources import list_videos
     from pipeline.storage import open_store
 
+    require_at_least(1, ("--workers", workers))
     loaded, videos = load_bundle(absolute(bundle)), list_videos(absolute(raw), source)
     open_store(absolute(out)).check()
     say(f"{len(videos)} videos in {raw}, bundle {loaded.id}")
@@ -184,9 +188,12 @@ def serve(bundle: BundleUrl, host: str = "127.0.0.1", port: int = 8000, address:
     import signal
     import threading
 
-    from cluster.serve.app import run_server
+    from cluster.serve.app import check_port, run_server
+    from micacl.bundle import load_bundle
     from pipeline.ray_local import ray_session
 
+    check_port(host, port)
+    load_bundle(absolute(bundle))
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())

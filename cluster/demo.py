@@ -93,7 +93,6 @@ def run_demo(out: str, storage: str, until: str, seed: int, say: Say) -> dict[st
         raise MicaclError(f"--until is {until!r}.", "Nothing was done.", f"Use one of {', '.join(STEPS)}.")
     folder = _fresh_folder(Path(out).resolve())
     wanted = STEPS[: STEPS.index(until) + 1]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started is stopped
     start_s = time.monotonic()
     with _storage(storage, folder, say) as (root, environment):
         demo = _Demo(folder, root, {**os.environ, **environment}, say, len(STEPS))
@@ -109,6 +108,7 @@ def run_demo(out: str, storage: str, until: str, seed: int, say: Say) -> dict[st
     }
     (folder / _MARK).write_text(json.dumps(summary, indent=2))
     say(f"\nseconds: {', '.join(f'{name} {s:g}' for name, s in seconds.items())}")
+    say(f"To go on: micacl serve {folder / 'bundle'}, and look at {folder / 'report.html'} and confusion.png.")
     say(f"Everything lies in {folder}. Nothing keeps running. The faces are synthetic: the numbers show that the")
     say("chain works, not how well it would do on people.")
     return summary
@@ -171,7 +171,10 @@ def _evaluate(demo: _Demo, _: int) -> dict[str, Any]:
 
 def _export(demo: _Demo, _: int) -> dict[str, Any]:
     made = demo.step("export", "checkpoint -> bundle", ["export", demo.url("run"), demo.url("bundle")])
-    demo.say(f"    output: {demo.url('bundle')}")
+    bundle = open_store(demo.url("bundle"))
+    for entry in bundle.list():
+        open_store(str(demo.out / "bundle")).put(entry.key, bundle.get(entry.key))
+    demo.say(f"    output: {demo.url('bundle')}, and for you to keep {demo.out / 'bundle'}")
     return made
 
 
@@ -191,6 +194,7 @@ def _serve(demo: _Demo, _: int) -> dict[str, Any]:
     start_s, port = demo.begin("serve", "one video to a real server (Ray Serve)"), _free_port()
     command = ["serve", demo.url("bundle"), "--port", str(port)]
     video = open_store(demo.url("raw/unlabelled")).get("two_faces.mp4")
+    (demo.out / "two_faces.mp4").write_bytes(video)
     demo.say(f"    $ micacl {shlex.join(command)}")
     process = subprocess.Popen(
         [sys.executable, "-m", "cluster", *command],
@@ -211,7 +215,7 @@ def _serve(demo: _Demo, _: int) -> dict[str, Any]:
         for face in answer["faces"]:
             shares = ", ".join(f"{label} {p:.2f}" for label, p in sorted(face["probabilities"].items(), key=_by_share))
             demo.say(f"    face {face['track']}: {face['label']} ({shares})")
-        process.send_signal(signal.SIGINT)
+        process.send_signal(signal.SIGTERM)
         process.wait(timeout=60)
         talk.join()
     demo.end("serve", start_s)
@@ -249,9 +253,9 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
         yield
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGINT)
+            process.send_signal(signal.SIGTERM)  # a shell may have made children deaf to SIGINT
             try:
-                process.wait(timeout=30)
+                process.wait(timeout=60)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()

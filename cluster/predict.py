@@ -62,7 +62,8 @@ def _run(
 
     def crop_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
         done = [_crop_one(str(u), str(n), crop) for u, n in zip(batch["url"], batch["name"], strict=True)]
-        return {"name": list(batch["name"]), "tar": [t for t, _ in done], "reason": [r for _, r in done]}
+        tars, reasons, errors = zip(*done, strict=True)
+        return {"name": list(batch["name"]), "tar": list(tars), "reason": list(reasons), "error": list(errors)}
 
     data = (
         ray.data.from_items(rows, override_num_blocks=-(-len(rows) // _VIDEOS_PER_TASK))
@@ -76,21 +77,22 @@ def _run(
             num_gpus=1 if gpu else 0,
         )
     )
-    try:
-        for row in data.iter_rows():
-            yield from json.loads(str(row["faces"]))
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, MicaclError) else error) from error
+    for row in data.iter_rows():
+        if row["error"]:
+            raise MicaclError(*json.loads(str(row["error"])))
+        yield from json.loads(str(row["faces"]))
 
 
-def _crop_one(url: str, name: str, crop: CropConfig) -> tuple[bytes, str]:
-    """(tar blocks of the bags, reason): one of them is empty."""
+def _crop_one(url: str, name: str, crop: CropConfig) -> tuple[bytes, str, str]:
+    """(tar blocks of the bags, reason, error): two of them are empty. Ray Data would garble an error that is raised."""
     video = Video(url=url, name=name)
     try:
         bags, _ = video_to_bags(fetch_video(video, crop), name=name, video_id=video.id, config=crop)
     except Quarantined as why:
-        return b"", why.reason.value
-    return write_shard(bags)[0], ""
+        return b"", why.reason.value, ""
+    except MicaclError as error:
+        return b"", "", json.dumps(error.args)
+    return write_shard(bags)[0], "", ""
 
 
 class _Classify:
@@ -103,6 +105,9 @@ class _Classify:
         bags: list[Bag] = []
         owners: list[str] = []
         out: list[list[dict[str, Any]]] = []
+        errors = [str(e) for e in batch["error"] if e]
+        if errors:
+            return {"faces": ["[]"], "error": errors[:1]}
         for name, tar, reason in zip(batch["name"], batch["tar"], batch["reason"], strict=True):
             found = [] if reason else list(read_bags(bytes(tar), str(name)))
             bags += found
@@ -111,7 +116,7 @@ class _Classify:
                 out.append([{"video": str(name), "track": -1, "reason": str(reason)}])
         for name, face in zip(owners, self.predictor.classify(bags), strict=True):
             out.append([{"video": name, "reason": "", **face.to_dict()}])
-        return {"faces": [canonical_json([row for rows in out for row in rows])]}
+        return {"faces": [canonical_json([row for rows in out for row in rows])], "error": [""]}
 
 
 def _parquet(rows: list[dict[str, Any]], labels: tuple[str, ...], bundle_id: str) -> bytes:

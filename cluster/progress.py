@@ -15,6 +15,14 @@ class _Lines:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
+        self.failure: tuple[str, ...] | None = None
+
+    def fail(self, failure: tuple[str, ...]) -> None:
+        """Bad input that no further attempt can heal."""
+        self.failure = self.failure or failure
+
+    def failed(self) -> tuple[str, ...] | None:
+        return self.failure
 
     def say(self, text: str) -> None:
         self.lines.append(text)

@@ -37,7 +37,7 @@ from micacl.train.hooks.console import Console
 from micacl.train.hooks.jsonl import METRICS, JsonLines
 from micacl.train.loop import fit
 from pipeline.cli import DatasetUrl
-from pipeline.contract import MicaclError, canonical_json
+from pipeline.contract import MicaclError, canonical_json, json_object
 from pipeline.dataset import open_dataset
 from pipeline.plan import PlanState, class_weights
 from pipeline.storage import open_store
@@ -115,7 +115,7 @@ def train(
         "scaling": to_dict(scaling),
     }
     with relay(say) as progress, tempfile.TemporaryDirectory(prefix="micacl-train-") as folder:
-        _fit(_trainer({**job, "progress": progress}, scaling, folder))
+        _fit(_trainer({**job, "progress": progress}, scaling, folder), progress)
     return _summary(run_url, data, before, time.monotonic() - start_s)
 
 
@@ -138,16 +138,17 @@ def _trainer(job: dict[str, Any], scaling: ScalingConfig, folder: str) -> ray.tr
     )
 
 
-def _fit(trainer: Any) -> None:
-    """Ray's error, with our own inside it as itself."""
+def _fit(trainer: Any, progress: Any) -> None:
+    """Run; bad input that a worker met comes out as itself."""
     try:
         trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        for failure in getattr(error, "worker_failures", {}).values():
-            cause = getattr(failure, "cause", None) or failure
-            if isinstance(cause, MicaclError):
-                raise cause from error
-        raise
+    except ray.train.TrainingFailedError:
+        failure = ray.get(progress.failed.remote())
+        if failure is None:
+            raise
+    failure = ray.get(progress.failed.remote())
+    if failure is not None:
+        raise MicaclError(*failure)
 
 
 def _claim(run_url: str, config: RunConfig, dataset_url: str, data: TrainData) -> None:
@@ -156,9 +157,9 @@ def _claim(run_url: str, config: RunConfig, dataset_url: str, data: TrainData) -
     said = {"config": to_dict(config), "dataset": {"url": dataset_url, **_version(data)}}
     if store.put_if_absent(CONFIG, canonical_json(said).encode()):
         return
-    found = json.loads(store.get(CONFIG))
-    if found["config"] != json.loads(canonical_json(to_dict(config))):
-        differs = _first_difference(found["config"], json.loads(canonical_json(to_dict(config))))
+    found = json_object(store.get(CONFIG), store.url(CONFIG))
+    if found.get("config") != json.loads(canonical_json(to_dict(config))):
+        differs = _first_difference(found.get("config"), json.loads(canonical_json(to_dict(config))))
         raise MicaclError(
             f"{run_url} was begun with another configuration ({differs}).",
             "Continuing would mix two runs.",
@@ -179,7 +180,18 @@ def _version(data: TrainData) -> dict[str, Any]:
 
 
 def _worker(job: dict[str, Any]) -> None:
-    """One rank: build everything from the job's plain values, continue from the bucket, fit."""
+    """One rank. Bad input is told to the driver and not tried again: a further attempt ends at once."""
+    if ray.get(job["progress"].failed.remote()) is not None:
+        return
+    try:
+        _train_rank(job)
+    except MicaclError as error:
+        ray.get(job["progress"].fail.remote(error.args))
+        raise
+
+
+def _train_rank(job: dict[str, Any]) -> None:
+    """Build everything from the job's plain values, continue from the bucket, fit."""
     context = ray.train.get_context()
     rank, ranks = context.get_world_rank(), context.get_world_size()
     config: RunConfig = from_dict(RunConfig, job["config"])

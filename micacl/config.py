@@ -34,6 +34,7 @@ class TrainConfig(OptimConfig):
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        OptimConfig.__post_init__(self)
         if min(self.epochs, self.log_every, self.checkpoint_every, self.keep_checkpoints) < 1:
             raise MicaclError(
                 "--train.epochs, log-every, checkpoint-every and keep-checkpoints must be 1 or more.",

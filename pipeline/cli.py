@@ -6,9 +6,11 @@ Human words and progress go to stderr; the last line of stdout is one JSON objec
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,10 +20,10 @@ from typing import Annotated, Any
 
 import tyro
 
-from pipeline.contract import CropConfig, MicaclError, PackConfig
+from pipeline.contract import CropConfig, MicaclError, PackConfig, require_at_least, require_between
 
 Arguments = list[str]
-EXIT_BAD_INPUT, EXIT_QUARANTINED = 2, 3
+EXIT_BAD_INPUT, EXIT_QUARANTINED, EXIT_INTERRUPTED = 2, 3, 130
 Raw = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RAW")]
 DatasetUrl = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
 
@@ -53,7 +55,19 @@ def say(text: str) -> None:
 
 def absolute(url: str) -> str:
     """Workers have other working folders: a local path is made absolute at the door."""
-    return url if "://" in url else os.path.abspath(url)
+    if url.startswith("memory://"):
+        raise MicaclError(
+            f"{url} lives in one process.", "Ray's workers would not see it.", "Use a folder or a bucket."
+        )
+    return url if "://" in url or not url else os.path.abspath(url)
+
+
+class ArgumentsRefused(Exception):
+    """tyro has shown its help (code 0) or said what is wrong with a flag (code 2)."""
+
+    def __init__(self, code: int, prog: str) -> None:
+        super().__init__(code, prog)
+        self.code, self.prog = code, prog
 
 
 def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
@@ -61,37 +75,62 @@ def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         sys.stdout.write(_overview(verbs, prog))
         return 0 if arguments else EXIT_BAD_INPUT
-    name, *rest = arguments
     try:
-        if name not in verbs:
-            near = get_close_matches(name, verbs, n=2) or list(verbs)
-            raise MicaclError(
-                f"{prog} has no verb {name!r}.", "Nothing was done.", f"Did you mean {' or '.join(near)}?"
+        result = _call(verbs, prog, *arguments)
+    except ArgumentsRefused as refused:
+        if refused.code:
+            _fail(
+                f"The arguments of `{refused.prog}` were not understood.", "Nothing was done.", f"{refused.prog} --help"
             )
-        module, _, function = verbs[name].target.partition(":")
-        return _call(getattr(importlib.import_module(module), function), f"{prog} {name}", verbs[name].help, rest)
+        return refused.code
     except MicaclError as error:
-        say(f"\nerror: {error.cause}\n       {error.consequence}\n       {error.remedy}")
-        _finish({"error": {"cause": error.cause, "consequence": error.consequence, "remedy": error.remedy}})
-        return EXIT_BAD_INPUT
-
-
-def _call(function: Callable[..., Any], prog: str, help_line: str, rest: Arguments) -> int:
-    try:
-        takes_argv = getattr(function, "takes_arguments", False)
-        result = function(rest, prog) if takes_argv else parse(function, prog, help_line, rest)
-    except SystemExit as stop:  # tyro said what was wrong with a flag, or showed its help
-        if stop.code not in (0, None):
-            _finish({"error": {"cause": f"The arguments of `{prog}` were not understood.", "remedy": f"{prog} --help"}})
-        return int(stop.code or 0)
+        return _fail(error.cause, error.consequence, error.remedy)
+    except (KeyboardInterrupt, SystemExit):
+        _fail("Interrupted.", "What was finished is kept.", "The same command goes on from there.")
+        return EXIT_INTERRUPTED
+    except OSError as error:  # a folder where a file should be, no rights, a full disk: not a failure of code
+        return _fail(
+            f"{type(error).__name__}: {error}.", "The command stopped.", "Check the path, its rights and the disk."
+        )
     _finish(result)
     return int(result.get("exit", 0))
 
 
+def _call(verbs: Mapping[str, Verb], prog: str, name: str, *rest: str) -> dict[str, Any]:
+    if name not in verbs:
+        near = get_close_matches(name, verbs, n=2) or list(verbs)
+        raise MicaclError(f"{prog} has no verb {name!r}.", "Nothing was done.", f"Did you mean {' or '.join(near)}?")
+    module, _, attribute = verbs[name].target.partition(":")
+    function = getattr(importlib.import_module(module), attribute)
+    if getattr(function, "takes_arguments", False):
+        return dict(function(list(rest), f"{prog} {name}"))
+
+    @functools.wraps(function)
+    def bind(*args: Any, **flags: Any) -> Callable[[], dict[str, Any]]:
+        return functools.partial(function, *args, **flags)
+
+    return dict(parse(bind, f"{prog} {name}", verbs[name].help, list(rest))())
+
+
 def parse(target: Any, prog: str, help_line: str, rest: Arguments, **more: Any) -> Any:
-    """tyro with the house's settings."""
+    """tyro with the house's settings. Raises ArgumentsRefused where tyro would leave the process."""
     config = (tyro.conf.FlagConversionOff, tyro.conf.ConsolidateSubcommandArgs)
-    return tyro.cli(target, prog=prog, description=help_line, args=rest, config=config, **more)
+    try:
+        return tyro.cli(target, prog=prog, description=help_line, args=rest, config=config, **more)
+    except SystemExit as stop:
+        raise ArgumentsRefused(int(stop.code or 0), prog) from stop
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM ends a command as Ctrl-C does: what was started is stopped. So does SIGINT where a shell ignores it."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.default_int_handler)
+
+
+def _fail(cause: str, consequence: str, remedy: str) -> int:
+    say(f"\nerror: {cause}\n       {consequence}\n       {remedy}")
+    _finish({"error": {"cause": cause, "consequence": consequence, "remedy": remedy}})
+    return EXIT_BAD_INPUT
 
 
 def _finish(result: Mapping[str, Any]) -> None:
@@ -147,6 +186,10 @@ def prepare(
     from pipeline.sources import open_source
     from pipeline.storage import open_store
 
+    if workers is not None:
+        require_at_least(1, ("--workers", workers))
+    for flag, value in (("--test-share", test_share), ("--max-quarantined", max_quarantined)):
+        require_between(0, 1, flag, value)
     open_store(absolute(dataset)).check()
     videos, words = open_source(absolute(raw), source, labels)
     say(f"{len(videos)} videos in {raw}")
@@ -171,7 +214,9 @@ def status(dataset: DatasetUrl) -> dict[str, Any]:
     """
     from pipeline.status import dataset_status
 
-    return dataset_status(absolute(dataset))
+    result = dataset_status(absolute(dataset))
+    say(str(result["says"]))
+    return result
 
 
 def verify(dataset: DatasetUrl, version: int | None = None) -> dict[str, Any]:
@@ -184,6 +229,7 @@ def verify(dataset: DatasetUrl, version: int | None = None) -> dict[str, Any]:
     from pipeline.verify import verify_dataset
 
     result = verify_dataset(absolute(dataset), version)
+    say(f"version {result['version']}: {result['bags']} bags read, {result['problems_found']} problems")
     for problem in result["problems"]:
         say(f"{problem['where']}: {problem['what']} {problem['remedy']}")
     return {**result, "exit": 0 if result["ok"] else EXIT_BAD_INPUT}
@@ -219,9 +265,14 @@ def forget(
     """
     from pipeline.forget import forget as job
 
-    return job(absolute(dataset), subject, video, delete=delete)
+    result = job(absolute(dataset), subject, video, delete=delete)
+    say(
+        f"version {result['version']} is without {result['bags']} bags of {result['videos']} videos. {result['remedy']}"
+    )
+    return result
 
 
 def main() -> None:
     """`python -m pipeline`: these verbs alone, without torch."""
+    stop_on_sigterm()
     sys.exit(run(VERBS, "python -m pipeline", sys.argv[1:]))

@@ -138,13 +138,22 @@ def _ray_map(rows: list[dict[str, Any]], function: Callable[..., Any], rows_per_
     """Rows through Ray Data in tasks of `rows_per_task`, as they finish. Our own errors come out as themselves."""
     quiet_ray_data()
     blocks = -(-len(rows) // rows_per_task)
+
+    def guarded(batch: dict[str, Any]) -> dict[str, list[Any]]:
+        """Ray Data wraps what a function raises beyond recognition: our errors travel as rows."""
+        try:
+            done = function(batch)
+        except MicaclError as error:
+            return {"error": [json.dumps(error.args)]}
+        return {**done, "error": [""] * len(next(iter(done.values())))}
+
     data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        function, batch_size=None, batch_format="numpy", num_cpus=1
+        guarded, batch_size=None, batch_format="numpy", num_cpus=1
     )
-    try:
-        yield from data.iter_rows()
-    except ray.exceptions.RayTaskError as error:
-        raise (error.cause if isinstance(error.cause, MicaclError) else error) from error
+    for row in data.iter_rows():
+        if row["error"]:
+            raise MicaclError(*json.loads(row["error"]))
+        yield row
 
 
 def quiet_ray_data() -> None:

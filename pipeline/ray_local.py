@@ -1,7 +1,9 @@
 """Join the Ray cluster we were told of, or start a private one on this machine and leave nothing behind.
 
-A private cluster listens on loopback, asks for a token that only this process tree knows, keeps its files in a
-temporary folder of its own, and is gone with the folder when the block ends. `RAY_ADDRESS` (set inside
+A private cluster asks for a token that only this process tree knows, keeps its files in a temporary folder of its own
+that only this user can enter, and is gone with the folder when the block ends. Ray's processes listen on all
+interfaces whatever address they are given (measured with 2.60): the token is the protection, and on a shared network a
+firewall. `RAY_ADDRESS` (set inside
 `ray job submit`) or a given address means: join.
 """
 
@@ -12,9 +14,14 @@ import logging
 import os
 import secrets
 import shutil
+import signal
+import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipeline.contract import MicaclError
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -38,6 +45,7 @@ def ray_session(
     if address or os.environ.get("RAY_ADDRESS"):
         import ray
 
+        _require_answer(address or os.environ["RAY_ADDRESS"])
         if ray.is_initialized():
             yield "joined"
             return
@@ -62,6 +70,7 @@ def ray_session(
         try:
             yield "private"
         finally:
+            _finish_undisturbed()
             ray.shutdown()
 
 
@@ -70,20 +79,43 @@ def _private_files() -> Iterator[Path]:
     """A short folder (Unix sockets allow 107 bytes) with a token in it, and the environment that points there."""
     short = "/tmp" if os.path.isdir("/tmp") else None  # noqa: S108  (mkdtemp makes a private folder in it)
     folder = Path(tempfile.mkdtemp(prefix="micacl-ray-", dir=short))
+    inner = folder / "ray"  # Ray opens its own folder to everybody; the one around it stays closed
+    inner.mkdir()
     token = folder / "token"
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
-    wanted = {**_QUIET, "RAY_TMPDIR": str(folder), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+    wanted = {**_QUIET, "RAY_TMPDIR": str(inner), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     _read_auth_again()
     try:
-        yield folder
+        yield inner
     finally:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         _read_auth_again()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finish_undisturbed() -> None:
+    """From here on a second Ctrl-C waits: cleaning up takes seconds and leaves nothing behind only if it ends."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _require_answer(address: str) -> None:
+    """Refuse a cluster that does not answer; Ray would wait for it. Raises MicaclError."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not port.isdecimal():  # `auto`, or a name that Ray knows
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise MicaclError(
+            f"No Ray cluster answers at {address} ({error}).",
+            "Nothing was run.",
+            "Check --address or RAY_ADDRESS; without them a private Ray is started.",
+        ) from error
 
 
 def _read_auth_again() -> None:

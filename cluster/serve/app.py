@@ -218,7 +218,7 @@ def run_server(
     Raises MicaclError.
     """
     bundle = load_bundle(bundle_url)
-    _check_port(host, port)
+    check_port(host, port)
     _refuse_second_serve()
     gpus = 1 if ray.cluster_resources().get("GPU", 0) >= 1 else 0
     say(f"bundle {bundle.id}: {', '.join(bundle.labels)}; model on {'one GPU' if gpus else 'the CPU'}")
@@ -270,7 +270,7 @@ def _url(host: str, port: int) -> str:
     return f"http://[{here}]:{port}" if ":" in here else f"http://{here}:{port}"
 
 
-def _check_port(host: str, port: int) -> None:
+def check_port(host: str, port: int) -> None:
     """Refuse a port that nothing can listen on now. Raises MicaclError."""
     nothing = "Nothing is served."
     if not 1 <= port <= 65535 or port in _RAY_PORTS:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pipeline.contract import require_between
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
@@ -21,6 +23,16 @@ class OptimConfig:
     """Of all steps."""
     clip_norm: float = 1.0
     """Of the gradient over all parameters."""
+
+    def __post_init__(self) -> None:
+        for flag, value, low, high in (
+            ("--train.lr", self.lr, 1e-12, 1e3),
+            ("--train.min-lr", self.min_lr, 0, 1e3),
+            ("--train.weight-decay", self.weight_decay, 0, 1e3),
+            ("--train.warmup-share", self.warmup_share, 0, 1),
+            ("--train.clip-norm", self.clip_norm, 1e-12, 1e12),
+        ):
+            require_between(low, high, flag, value)
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
