@@ -7,18 +7,27 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.model.micacl import MICACL, build_model
-from micacl.train.checkpoint import Checkpoint, read_checkpoint
-from pipeline.contract import SCHEMA_VERSION, CropConfig, MicaclError, canonical_json, digest, require_schema
+from micacl.train.checkpoint import Checkpoint, load_tensors, read_checkpoint
+from pipeline.contract import (
+    SCHEMA_VERSION,
+    CropConfig,
+    MicaclError,
+    canonical_json,
+    digest,
+    expecting,
+    json_object,
+    require_schema,
+)
 from pipeline.storage import Store, open_store
 
 BUNDLE = "bundle.json"
@@ -90,36 +99,50 @@ def load_bundle(url: str) -> Bundle:
         raise MicaclError(
             f"{url} has no {BUNDLE}.", "It is no bundle.", "Make one: `micacl export RUN BUNDLE`."
         ) from error
-    body = _json_object(data, store.url(BUNDLE))
-    require_schema(body.get("schema"), store.url(BUNDLE))
+    where = store.url(BUNDLE)
+    body = json_object(data, where)
+    require_schema(body.get("schema"), where)
+    with expecting(where):
+        weights = _weights(store, body["weights"]["sha256"])
+        bundle = Bundle(
+            url=url,
+            config=from_dict(RunConfig, body["config"]),
+            crop=crop_from(body["crop"]),
+            weights=load_tensors(weights, store.url(WEIGHTS)),
+            origin=dict(body["origin"]),
+            id=digest(data)[:12],
+        )
+    _require_fit(bundle)
+    return bundle
+
+
+def _weights(store: Store, sha256: str) -> bytes:
     try:
-        weights = store.get(body["weights"]["path"])
+        weights = store.get(WEIGHTS)
     except FileNotFoundError:
         weights = b""
-    if digest(weights) != body["weights"]["sha256"]:
+    if digest(weights) != sha256:
         raise MicaclError(
             f"{store.url(WEIGHTS)} is missing or not the file that {BUNDLE} lists.",
             "A model of unknown weights is not used.",
             "Export it again: `micacl export RUN BUNDLE`.",
         )
-    return Bundle(
-        url=url,
-        config=from_dict(RunConfig, body["config"]),
-        crop=crop_from(body["crop"]),
-        weights=safetensors.torch.load(weights),
-        origin=body["origin"],
-        id=digest(data)[:12],
-    )
+    return weights
 
 
-def _json_object(data: bytes, where: str) -> dict[str, Any]:
-    try:
-        body = json.loads(data)
-    except ValueError as error:
-        raise MicaclError(f"{where} is not JSON ({error}).", "It is no bundle.", "Export it again.") from error
-    if not isinstance(body, dict):
-        raise MicaclError(f"{where} is not a JSON object.", "It is no bundle.", "Export it again.")
-    return body
+def _require_fit(bundle: Bundle) -> None:
+    """The weights are those of the model that the config describes, name by name. Raises MicaclError."""
+    with torch.device("meta"):
+        wanted = {name: tuple(t.shape) for name, t in MICACL(bundle.config.model).state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in bundle.weights.items()}
+    odd = sorted(name for name in {*wanted, *found} if wanted.get(name) != found.get(name))
+    if odd:
+        raise MicaclError(
+            f"{bundle.url}: {len(odd)} weights do not fit the config, first {odd[0]}: "
+            f"{found.get(odd[0])}, wanted {wanted.get(odd[0])}.",
+            "The model cannot be built.",
+            "Export it again: `micacl export RUN BUNDLE`.",
+        )
 
 
 def load_model(url: str, step: int | None = None) -> Bundle:

@@ -75,6 +75,13 @@ def from_dict(cls: type[Any], values: Mapping[str, Any], where: str = "config") 
                 "It was written by another release, or by hand.",
                 f"Known here: {', '.join(near or names)}.",
             )
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise MicaclError(
+            f"{where} lacks the field {missing[0]!r}.",
+            "A default in its place could be another model.",
+            "Use what this release wrote: train or export again.",
+        )
     return cls(**{name: _value(hints[name], value, f"{where}.{name}") for name, value in values.items()})
 
 

@@ -10,10 +10,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from enum import StrEnum
@@ -237,6 +238,15 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise foreign(what, TypeError(f"a {type(value).__name__}"))
     return value
+
+
+@contextlib.contextmanager
+def expecting(what: str) -> Iterator[None]:
+    """Reading something that should be ours: what does not fit is refused by name. Raises MicaclError."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise foreign(what, error) from error
 
 
 def foreign(what: str, error: Exception) -> MicaclError:

@@ -21,9 +21,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.contract import SCHEMA_VERSION, MicaclError, canonical_json, digest, json_object, require_schema
+from pipeline.contract import (
+    SCHEMA_VERSION,
+    MicaclError,
+    canonical_json,
+    digest,
+    expecting,
+    json_object,
+    require_schema,
+)
 from pipeline.storage import Store, open_store
 
+_FILE = ("path", "sha256")
+_SHARD = ("path", "split", "label", "bags", "bytes")
 _VERSION_KEY = re.compile(r"versions/(\d{6})\.json$")
 
 INDEX_SCHEMA = pa.schema(
@@ -102,10 +112,19 @@ def read_version(store: Store, number: int | None = None) -> tuple[int, dict[str
     return number, body, digest(data)
 
 
+def require_shape(body: Mapping[str, Any], where: str) -> None:
+    """A version file has what its readers use. Raises MicaclError."""
+    with expecting(where):
+        for shard in body["shards"]:
+            _ = [shard[name] for name in _SHARD], [shard["index"][name] for name in _FILE]
+        _ = [of_split.items() for of_split in body["counts"].values()], [*body["labels"]]
+
+
 def open_dataset(url: str, version: int | None = None) -> Dataset:
     """Open a dataset for reading. Index files are hash-checked. Raises MicaclError."""
     store = open_store(url)
     number, body, sha256 = read_version(store, version)
+    require_shape(body, store.url(version_key(number)))
 
     def load(shard: Mapping[str, Any]) -> pa.Table:
         return read_index(get_checked(store, shard["index"]["path"], shard["index"]["sha256"]))

@@ -145,6 +145,9 @@ def _ray_map(rows: list[dict[str, Any]], function: Callable[..., Any], rows_per_
             done = function(batch)
         except MicaclError as error:
             return {"error": [json.dumps(error.args)]}
+        except OSError as error:
+            said = (f"{type(error).__name__}: {error}.", "The job stopped.", "Check the path, its rights and the disk.")
+            return {"error": [json.dumps(said)]}
         return {**done, "error": [""] * len(next(iter(done.values())))}
 
     data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(

@@ -70,8 +70,8 @@ def ray_session(
         try:
             yield "private"
         finally:
-            _finish_undisturbed()
-            ray.shutdown()
+            with _undisturbed():
+                ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -97,10 +97,17 @@ def _private_files() -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _finish_undisturbed() -> None:
-    """From here on a second Ctrl-C waits: cleaning up takes seconds and leaves nothing behind only if it ends."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """A second Ctrl-C waits: cleaning up takes seconds, and leaves nothing behind only if it ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _require_answer(address: str) -> None:

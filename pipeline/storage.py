@@ -113,7 +113,7 @@ class LocalStore(Store):
 
     def _path(self, key: str) -> Path:
         if ".." in key.split("/") or key.startswith("/"):
-            raise ValueError(f"key {key!r} leaves the store")
+            raise _leaves(key, self.root)
         return Path(self.root, key)
 
     def get(self, key: str) -> bytes:
@@ -167,10 +167,19 @@ class LocalStore(Store):
 
     def stat(self, key: str) -> Entry | None:
         path = self._path(key)
-        return _local_entry(key, path) if path.is_file() else None
+        try:
+            return _local_entry(key, path) if path.is_file() else None
+        except OSError:  # a name that no file can have
+            return None
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
+
+
+def _leaves(key: str, root: str) -> MicaclError:
+    return MicaclError(
+        f"The key {key!r} leaves {root}.", "It was not opened.", "Whatever lists it was changed by hand."
+    )
 
 
 def _local_entry(key: str, path: Path) -> Entry:
@@ -183,7 +192,7 @@ class FsspecStore(Store):
 
     def _open(self, key: str) -> tuple[Any, str]:
         if ".." in key.split("/"):
-            raise ValueError(f"key {key!r} leaves the store")
+            raise _leaves(key, self.root)
         import fsspec
 
         try:

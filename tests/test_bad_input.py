@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from pipeline.cli import run
+from pipeline.demo import DemoConfig, write_raw_bucket
+from pipeline.storage import open_store
 from tests.cli import micacl
 from tests.tiny_dataset import make_dataset
 
@@ -15,8 +22,6 @@ from tests.tiny_dataset import make_dataset
 @pytest.fixture
 def said(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Run `micacl ...` in this process; returns the error text of exit code 2."""
-    import json
-
     from cluster.cli import VERBS
 
     def call(*arguments: str) -> str:
@@ -111,3 +116,51 @@ def test_the_demo_does_not_empty_a_folder_it_did_not_make(said: Callable[..., st
     (tmp_path / "precious.txt").write_text("mine")
     assert "was not made by the demo" in said("demo", "--out", str(tmp_path))
     assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_bad_input_that_a_ray_data_worker_meets_comes_out_as_itself(tmp_path: Path) -> None:
+    table = tmp_path / "labels.csv"
+    table.write_text("path,label\nbogus://x/y.mp4,happy\n")
+    done = micacl("prepare", str(table), str(tmp_path / "ds"))
+    assert done.code == 2
+    assert "bogus" in done.result["error"]["cause"]
+
+
+@pytest.mark.slow
+def test_bad_input_that_a_training_worker_meets_comes_out_as_itself(tmp_path: Path) -> None:
+    from pipeline.contract import DFEW_LABELS
+
+    url = make_dataset(tmp_path / "ds", {"train": dict.fromkeys(DFEW_LABELS, 2)}, seed=0)
+    shard = next((tmp_path / "ds" / "shards" / "train" / "happy").glob("*.tar"))
+    data = bytearray(shard.read_bytes())
+    data[700] ^= 1
+    shard.write_bytes(data)
+    done = micacl("train", "tiny-cpu", url, str(tmp_path / "run"), "--plan.global-batch", "4", "--train.epochs", "1")
+    assert done.code == 2
+    assert "does not have the sha256 that the index lists" in done.result["error"]["cause"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_command_says_so_and_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    write_raw_bucket(open_store(str(raw)), DemoConfig(train_clips=(36, 12, 22, 16, 8, 2, 4), frames=(14, 16), side=160))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster", "prepare", str(raw / "labels.csv"), str(tmp_path / "ds")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("cropped"):
+            break
+    started = [p.pid for p in psutil.Process(process.pid).children(recursive=True)]
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert json.loads(out.strip().splitlines()[-1])["error"]["cause"] == "Interrupted."
+    assert "Traceback" not in err
+    _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started if psutil.pid_exists(pid)], timeout=30)
+    assert not alive

@@ -217,5 +217,9 @@ def test_config_survives_json() -> None:
 
     config = config_of()
     assert from_dict(RunConfig, to_dict(config)) == config
+    values = to_dict(config)
     with pytest.raises(MicaclError, match="unknown field 'wodth'"):
-        from_dict(RunConfig, {"model": {"backbone": {"wodth": 3}}})
+        values["model"]["backbone"]["wodth"] = 3
+        from_dict(RunConfig, values)
+    with pytest.raises(MicaclError, match="lacks the field 'loss'"):
+        from_dict(RunConfig, {"model": values["model"]})

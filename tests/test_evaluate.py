@@ -84,8 +84,10 @@ def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
     for bad, words in (
         (body.replace(b'"schema":1', b'"schema":99'), "schema 99"),
         (body.replace(made.crop.hash.encode(), b"0" * 12), "preprocessing has the hash"),
-        (b"[]", "not a JSON object"),
-        (b"{", "not JSON"),
+        (b"[]", "not what this release writes"),
+        (b"{", "not what this release writes"),
+        (body.replace(b'"width":8', b'"width":16'), "weights do not fit the config"),
+        (body.replace(b'"origin"', b'"orphan"'), "KeyError: 'origin'"),
     ):
         store.put(BUNDLE, bad)
         with pytest.raises(MicaclError, match=words):

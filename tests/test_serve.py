@@ -27,7 +27,7 @@ from ray.exceptions import ActorDiedError
 from ray.serve._private.common import DeploymentID
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
-from cluster.serve.app import Classifier, Ingress, _check_port, build, run_server
+from cluster.serve.app import Classifier, Ingress, build, check_port, run_server
 from cluster.serve.client import get_health, post_video
 from cluster.serve.schemas import MIB, BuildArgs, Refused
 from cluster.serve.steps import open_bundle, preprocess, read_body, synthetic_bag
@@ -82,7 +82,7 @@ def free_port() -> int:
     """Below Ray's own range."""
     for port in range(8100, 8200):
         with contextlib.suppress(MicaclError):
-            _check_port("127.0.0.1", port)
+            check_port("127.0.0.1", port)
             return port
     raise AssertionError("no free port")
 
@@ -127,7 +127,7 @@ def test_a_bad_bundle_is_said_before_ray_is_asked(tmp_path: Path, bundle: str) -
 @pytest.mark.parametrize("port", [0, -1, 10002, 19999, 65536])
 def test_ports_that_cannot_work_are_refused(port: int) -> None:
     with pytest.raises(MicaclError, match=f"--port {port} "):
-        _check_port("127.0.0.1", port)
+        check_port("127.0.0.1", port)
 
 
 def test_a_taken_port_and_an_unknown_host_are_refused() -> None:
@@ -135,9 +135,9 @@ def test_a_taken_port_and_an_unknown_host_are_refused() -> None:
         other.bind(("127.0.0.1", free_port()))
         other.listen()
         with pytest.raises(MicaclError, match="Address already in use"):
-            _check_port("127.0.0.1", other.getsockname()[1])
+            check_port("127.0.0.1", other.getsockname()[1])
     with pytest.raises(MicaclError, match=r"--host no\.such\.invalid"):
-        _check_port("no.such.invalid", 8000)
+        check_port("no.such.invalid", 8000)
 
 
 async def chunks(*parts: bytes, wait_s: float = 0.0) -> AsyncIterator[bytes]:
@@ -424,8 +424,8 @@ def test_a_second_server_on_the_cluster_is_refused(server: Server) -> None:
 def test_the_port_is_closed_at_the_end(server: Server) -> None:
     """Last: it stops the server."""
     with pytest.raises(MicaclError, match="can listen"):
-        _check_port("127.0.0.1", server.port)
+        check_port("127.0.0.1", server.port)
     server.stop()
     with socket.socket() as link:
         assert link.connect_ex(("127.0.0.1", server.port)) != 0
-    _check_port("127.0.0.1", server.port)
+    check_port("127.0.0.1", server.port)

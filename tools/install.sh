@@ -29,4 +29,4 @@ pip=("$VENV/bin/python" -m pip --disable-pip-version-check -qq)
 if [ "$(uname -s)-$(uname -m)" = Linux-x86_64 ]; then
   "${pip[@]}" install --no-deps --require-hashes -r requirements-demo.txt
 fi
-echo "Installed in $((SECONDS - start)) s."
+echo "Installed in $((SECONDS - start)) s. For the command itself: source $VENV/bin/activate"

@@ -11,18 +11,28 @@ a checkpoint runs no code. (DeepSpeed's own format is pickle and tied to the num
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import safetensors
 import safetensors.torch
 from torch import Tensor
 
-from pipeline.contract import SCHEMA_VERSION, MicaclError, canonical_json, digest, require_schema
+from pipeline.contract import (
+    SCHEMA_VERSION,
+    MicaclError,
+    canonical_json,
+    digest,
+    expecting,
+    foreign,
+    json_object,
+    require_schema,
+)
 from pipeline.storage import Store
 
 _COMPLETE = "COMPLETE.json"
+_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +70,7 @@ def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
 def complete_steps(store: Store) -> list[int]:
     """Steps of the checkpoints that are complete, ascending."""
     keys = (e.key.split("/") for e in store.list("checkpoints/"))
-    return sorted(int(parts[1]) for parts in keys if parts[-1] == _COMPLETE)
+    return sorted(int(parts[1]) for parts in keys if parts[-1] == _COMPLETE and parts[1].isdecimal())
 
 
 def read_checkpoint(store: Store, step: int | None = None) -> Checkpoint:
@@ -74,15 +84,30 @@ def read_checkpoint(store: Store, step: int | None = None) -> Checkpoint:
             f"Train first (`micacl train`), or name one of {steps}." if steps else "Train first: `micacl train`.",
         )
     at = folder(step if step is not None else steps[-1])
-    complete = json.loads(store.get(f"{at}/{_COMPLETE}"))
-    require_schema(complete.get("schema"), store.url(at))
-    files = {name: _checked(store, f"{at}/{name}", listed) for name, listed in complete["files"].items()}
-    return Checkpoint(
-        int(complete["step"]),
-        safetensors.torch.load(files["model.safetensors"]),
-        safetensors.torch.load(files["optimizer.safetensors"]),
-        json.loads(files["state.json"]),
-    )
+    where = store.url(at)
+    complete = json_object(store.get(f"{at}/{_COMPLETE}"), f"{where}/{_COMPLETE}")
+    require_schema(complete.get("schema"), where)
+    with expecting(f"a checkpoint in {where}"):
+        files = {name: _checked(store, f"{at}/{name}", complete["files"][name]) for name in _FILES}
+        state = json_object(files["state.json"], f"{where}/state.json")
+        missing = sorted({"config", "crop", "dataset", "plan"} - set(state))
+        if missing:
+            raise KeyError(*missing)
+        return Checkpoint(
+            int(complete["step"]),
+            load_tensors(files["model.safetensors"], f"{where}/model.safetensors"),
+            load_tensors(files["optimizer.safetensors"], f"{where}/optimizer.safetensors"),
+            state,
+        )
+
+
+def load_tensors(data: bytes, where: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file. Raises MicaclError."""
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise foreign(where, error) from error
+    return tensors
 
 
 def _checked(store: Store, key: str, listed: Mapping[str, Any]) -> bytes:

@@ -52,6 +52,12 @@ def choose_labels(videos: Sequence[Video], labels: Sequence[str], where: str) ->
     if tuple(labels) == ("auto",):
         return tuple(found)
     chosen = tuple(labels) or DFEW_LABELS
+    if len(set(chosen)) < len(chosen) or "unlabelled" in chosen:
+        raise MicaclError(
+            f"--labels {' '.join(chosen)} says a label twice, or `unlabelled`.",
+            "Nothing was written.",
+            "Name each class once; `unlabelled` is the word for videos without a label.",
+        )
     for label in found:
         require_label(label, chosen, f"{where} (give the set with --labels, or --labels auto to take all words)")
     return chosen

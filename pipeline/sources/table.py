@@ -36,6 +36,8 @@ def list_table(url: str) -> list[Video]:
             "Without `path` its videos cannot be found.",
             "Name the columns path, label and, if you have them, split and subject.",
         )
+    if len(set(table.column_names)) < len(table.column_names):
+        raise MicaclError(f"{url} has a column twice.", "It is not clear which is meant.", "Remove one of them.")
     known = {e.key: e.fingerprint for e in store.list()}
     rows = _as_text(table.select([c for c in COLUMNS if c in table.column_names]), url).to_pylist()
     videos = [_video(row, store.root, known, f"{url} line {n + 2}") for n, row in enumerate(rows)]
@@ -65,7 +67,7 @@ def _as_text(table: pa.Table, url: str) -> pa.Table:
 
 
 def _video(row: dict[str, Any], root: str, known: dict[str, str], where: str) -> Video:
-    path = row["path"]
+    path = (row["path"] or "").removeprefix("./")
     if not path:
         raise MicaclError(f"{where} has an empty path.", "Nothing was read.", "Fill it in or remove the line.")
     split = row.get("split") or None
