@@ -126,7 +126,7 @@ def test_a_key_cannot_leave_the_store(store: Store) -> None:
 def test_an_absolute_key_cannot_leave_a_folder(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.write_bytes(b"1")
-    with pytest.raises((ValueError, FileNotFoundError)):
+    with pytest.raises((MicaclError, FileNotFoundError)):
         open_store(str(tmp_path / "store")).get(str(outside))
 
 
