@@ -195,9 +195,9 @@ def serve(bundle: BundleUrl, host: str = "127.0.0.1", port: int = 8000, address:
     check_port(host, port)
     load_bundle(absolute(bundle))
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
     with ray_session(address=address), run_server(absolute(bundle), host, port, say) as url:
+        for number in (signal.SIGINT, signal.SIGTERM):  # here, because Ray puts handlers of its own when it starts
+            signal.signal(number, lambda *_: stop.set())
         say(f"serving {url} (Ctrl-C stops)")
         stop.wait()
     return {"served": url}

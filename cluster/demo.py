@@ -215,7 +215,7 @@ def _serve(demo: _Demo, _: int) -> dict[str, Any]:
         for face in answer["faces"]:
             shares = ", ".join(f"{label} {p:.2f}" for label, p in sorted(face["probabilities"].items(), key=_by_share))
             demo.say(f"    face {face['track']}: {face['label']} ({shares})")
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGINT)
         process.wait(timeout=60)
         talk.join()
     demo.end("serve", start_s)
@@ -253,7 +253,7 @@ def _ended(process: subprocess.Popen[str]) -> Iterator[None]:
         yield
     finally:
         if process.poll() is None:
-            process.send_signal(signal.SIGTERM)  # a shell may have made children deaf to SIGINT
+            process.send_signal(signal.SIGINT)  # every command listens to it, also where a shell made it deaf
             try:
                 process.wait(timeout=60)
             except subprocess.TimeoutExpired:

@@ -6,8 +6,12 @@ import asyncio
 import contextlib
 import copy
 import dataclasses
+import json
 import re
+import signal
 import socket
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -19,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 import ray
 from pydantic import ValidationError
@@ -429,3 +434,24 @@ def test_the_port_is_closed_at_the_end(server: Server) -> None:
     with socket.socket() as link:
         assert link.connect_ex(("127.0.0.1", server.port)) != 0
     check_port("127.0.0.1", server.port)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_server_leaves_no_process_and_no_folder(number: signal.Signals, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cluster", "serve", make_bundle(tmp_path / "bundle"), "--port", "8091"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("serving"):
+            break
+    started = psutil.Process(process.pid).children(recursive=True)
+    folders = {p.environ().get("RAY_TMPDIR") for p in started if p.is_running()} - {None}
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert json.loads(out.strip().splitlines()[-1]) == {"served": "http://127.0.0.1:8091"}
+    _, alive = psutil.wait_procs(started, timeout=30)
+    assert not alive
+    assert folders
+    assert not [f for f in folders if f and Path(f).exists()]
