@@ -13,7 +13,7 @@ from __future__ import annotations
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -193,6 +193,15 @@ def _late(store: Store, number: int) -> MicaclError:
         "Your version was not written and nothing of theirs was touched; your crops and shards are kept.",
         "Run the same command again: it will commit on top of theirs without decoding anything twice.",
     )
+
+
+def bag_counts(shards: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
+    """Bags by split and label over the shards of a version."""
+    out: dict[str, dict[str, int]] = {}
+    for shard in shards:
+        of_split = out.setdefault(shard["split"], {})
+        of_split[shard["label"]] = of_split.get(shard["label"], 0) + shard["bags"]
+    return out
 
 
 def version_body(

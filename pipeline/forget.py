@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from pipeline.bags import Bag
 from pipeline.contract import MicaclError, Video, digest
 from pipeline.crop import bag_stub
-from pipeline.dataset import Dataset, commit, get_checked, open_dataset, read_index, write_index
+from pipeline.dataset import Dataset, bag_counts, commit, get_checked, open_dataset, read_index, write_index
 from pipeline.pack import Member, ShardPlan
 from pipeline.shards import read_bag, read_bags, write_shard
 from pipeline.storage import Store
@@ -114,7 +114,7 @@ def _commit_without(dataset: Dataset, keys: set[str]) -> tuple[int, bool, int]:
     body = {
         **old,
         "shards": sorted(shards, key=lambda s: str(s["path"])),
-        "counts": _counts(shards),
+        "counts": bag_counts(shards),
         "videos": _video_counts(old["videos"], dataset.index, keys),
     }
     number, new = commit(dataset.store, body, parent=dataset.number)
@@ -157,14 +157,6 @@ def _member(bag: Bag) -> Member:
     """As the planner of shards sees a bag, so that the shard has the name that `prepare` would give it."""
     stub = bag_stub(bag)
     return Member(key=stub.key, sha256=stub.sha256, size=stub.size, crop="", subject=bag.meta.subject)
-
-
-def _counts(shards: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    out: dict[str, dict[str, int]] = {}
-    for shard in shards:
-        of_split = out.setdefault(shard["split"], {})
-        of_split[shard["label"]] = of_split.get(shard["label"], 0) + shard["bags"]
-    return out
 
 
 def _video_counts(old: Mapping[str, int], index: pa.Table, keys: set[str]) -> dict[str, int]:

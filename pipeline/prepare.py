@@ -29,7 +29,7 @@ from pipeline.contract import (
     digest,
 )
 from pipeline.crop import CropRecord, crop_video
-from pipeline.dataset import commit, version_body
+from pipeline.dataset import bag_counts, commit, version_body
 from pipeline.pack import Member, ShardPlan, pack_shard, plan_shards
 from pipeline.sources import assign_split
 from pipeline.storage import open_store
@@ -74,7 +74,7 @@ def prepare(
     body = version_body(
         labels=labels,
         shards=shards,
-        rows=_counts(shards),
+        rows=bag_counts(shards),
         crop={**dataclasses.asdict(config.crop), "hash": config.crop.hash},
         videos={"listed": len(videos), "written": len(written), "quarantined": len(quarantined)},
         quarantined=dict(sorted(Counter(r.reason for r in quarantined.values()).items())),
@@ -190,15 +190,6 @@ def _plan(text: str) -> ShardPlan:
 def _json(text: Any) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(str(text))
     return value
-
-
-def _counts(shards: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Bags by split and label."""
-    out: dict[str, dict[str, int]] = {}
-    for shard in shards:
-        of_split = out.setdefault(shard["split"], {})
-        of_split[shard["label"]] = of_split.get(shard["label"], 0) + shard["bags"]
-    return out
 
 
 def _reasons(records: dict[str, CropRecord]) -> str:
