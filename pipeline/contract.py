@@ -20,14 +20,19 @@ from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 """Of crops, shards, index and version files. A reader refuses any other number in words."""
 
 DFEW_LABELS = ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear")
 """The seven basic expressions in the order of the DFEW label files. Stored as words, never as numbers."""
 
 SPLITS = ("train", "val", "test")
+FOLDS = "folds"
+"""Split of a bag that has a fold number instead: told `fold=k`, a reader sees it as test (its fold is k) or train."""
+SAID = ("label", "split", "subject", "fold", "scene")
+"""Fields of a bag that a source says and no pixel depends on: None in a crop, filled in by pack."""
 DETECTOR = "yunet-2023mar"
+CODECS = ("jpeg", "h264")
 
 
 class MicaclError(Exception):
@@ -56,6 +61,7 @@ class Reason(StrEnum):
     NO_FACE = "no_face"
     TOO_SLOW = "too_slow"  # the work on it passed CropConfig.max_decode_s
     CRASHED = "crashed"  # the process that decoded it died
+    FILTERED = "filtered"  # none of its bags passes PackConfig.where
 
 
 class Quarantined(Exception):
@@ -81,11 +87,25 @@ class Video:
     """Changes when the content may have changed (size with ETag or mtime). Decides whether to decode again."""
     label: str | None = None
     split: str | None = None
+    """train, val, test, or FOLDS if `fold` is given."""
     subject: str | None = None
+    fold: int | None = None
+    """The one fold, from 1, in which it is a test clip. In all others it is a training clip."""
+    scene: str | None = None
+    """FERV39k's scene, or any grouping beside label and subject."""
+    kind: str = "video"
+    """`video`, or `frames`: `url` is a folder of numbered images."""
+    cropped: bool = False
+    """The frames show one face and nothing else: no face is searched, the whole frame is the crop."""
+    start_s: float | None = None
+    end_s: float | None = None
+    """The part of the file that is meant, seconds from its first frame; None is from the start, to the end."""
+    box: tuple[float, float, float, float] | None = None
+    """Given face box x, y, w, h in pixels of the upright frame: no face is searched."""
 
     @property
     def id(self) -> str:
-        """16 hex digits, a function of `name` alone."""
+        """16 hex digits, a function of `name` alone. Two parts of one file have two names."""
         return digest(self.name.encode())[:16]
 
 
@@ -111,7 +131,11 @@ class CropConfig:
     """Most frames stored per instance; longer tracks are sub-sampled evenly."""
     min_frames: int = 4
     """Tracks with fewer frames than this are dropped; at least one frame for each instance."""
+    codec: str = "jpeg"
+    """Of stored frames: `jpeg` (any frame alone), or `h264` (annex B, an instance whole; 5 to 7 times smaller)."""
     jpeg_quality: int = 90
+    image_fps: float = 25.0
+    """Frames a second of sources that are folders of images."""
     max_bytes: int = 512 * 2**20
     max_pixels: int = 4096 * 2304
     """Of one frame."""
@@ -143,6 +167,8 @@ class CropConfig:
             require_between(low, high, flag, value)
         if self.detector != DETECTOR:
             raise MicaclError(f"--crop.detector is {self.detector!r}.", "No face can be found.", f"Use {DETECTOR}.")
+        if self.codec not in CODECS:
+            raise MicaclError(f"--crop.codec is {self.codec!r}.", "Nothing was done.", f"Use {' or '.join(CODECS)}.")
         if self.min_frames < self.instances:
             raise MicaclError(
                 f"--crop.min-frames {self.min_frames} is below --crop.instances {self.instances}.",
@@ -164,6 +190,8 @@ class PackConfig:
     """Per shard."""
     max_bytes: int = 64 * 2**20
     """Per shard; a single larger bag still gets a shard of its own."""
+    where: str = ""
+    """Bags are packed only if this holds, e.g. `detector_score > 0.8 and face_px >= 48` (columns: docs/data.md)."""
 
     def __post_init__(self) -> None:
         require_at_least(1, ("--pack.max-bags", self.max_bags), ("--pack.max-bytes", self.max_bytes))
@@ -173,7 +201,7 @@ class PackConfig:
 class BagMeta:
     """What is known of a bag besides its pixels; the `<key>.json` member of a shard.
 
-    `label`, `split` and `subject` are None in a crop and filled in by pack: relabelling decodes nothing again.
+    The fields of SAID are None in a crop and filled in by pack: relabelling decodes nothing again.
     """
 
     key: str
@@ -195,14 +223,32 @@ class BagMeta:
     """CropConfig.hash."""
     boxes: tuple[tuple[float, float, float], ...]
     """Of each instance: centre x, centre y and side of the square that was cut, in source pixels."""
+    codec: str = "jpeg"
+    face_px: float = 0.0
+    """Median over the frames of the longer side of the face box, source pixels; 0 if no face was searched."""
+    face_share: float = 1.0
+    """Of the searches while the track lived, the share that found the face."""
+    blur: float = 0.0
+    """Median over the frames of the variance of the Laplacian of the crop: low is blurred."""
+    yaw: float | None = None
+    """Median over the searches, -1 (to the person's right) to 1: nose between the eyes; None without landmarks."""
+    phash: str = ""
+    """Perceptual hash of the stored frames, hex (pipeline/phash.py): equal pictures, near hashes."""
     label: str | None = None
     split: str | None = None
     subject: str | None = None
+    fold: int | None = None
+    scene: str | None = None
     schema: int = SCHEMA_VERSION
 
     @property
     def frames(self) -> int:
         return sum(self.instance_frames)
+
+    def said(self, **what: Any) -> BagMeta:
+        """The same bag with other things said of it (SAID); what is not given is None."""
+        all_of_it: dict[str, Any] = {name: what.get(name) for name in SAID}
+        return dataclasses.replace(self, **all_of_it)
 
     def to_json(self) -> str:
         return canonical_json(dataclasses.asdict(self))
@@ -290,6 +336,11 @@ def require_label(label: str, labels: Sequence[str], where: str) -> None:
             "Nothing was written: a clip of no class cannot be used.",
             f"{'Did you mean ' + ' or '.join(near) + '? ' if near else ''}The label set is {', '.join(labels)}.",
         )
+
+
+def part_name(split: str, fold: int | None) -> str:
+    """The folder and the key in counts of a split: `train`, `val`, `test`, or `fold-3` where the source is in folds."""
+    return split if fold is None else f"fold-{fold}"
 
 
 def count_by(rows: Sequence[Mapping[str, Any]], *columns: str) -> dict[str, Any]:

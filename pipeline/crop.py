@@ -2,7 +2,7 @@
 
     <dataset>/crops/<crop hash>/<2 hex>/<video id>.<fingerprint>.tar
 
-The first member is the record; the bags follow, without label, split or subject. One put makes the object, so it
+The first member is the record; the bags follow, with nothing said of them. One put makes the object, so it
 exists whole or not at all, and a run that finds it decodes nothing.
 """
 
@@ -39,7 +39,7 @@ class BagStub:
 
     key: str
     sha256: str
-    """Of its tar blocks without label, split and subject: what its content is, whatever is said of it."""
+    """Of its tar blocks as they lie in a crop: what its content is, whatever is said of it."""
     size: int
     """Bytes of its tar blocks."""
 
@@ -141,7 +141,7 @@ def fetch_video(video: Video, config: CropConfig) -> bytes:
 
 def bag_stub(bag: Bag) -> BagStub:
     """What the planner of shards needs of a bag, the same before and after pack."""
-    plain = Bag(dataclasses.replace(bag.meta, label=None, split=None, subject=None), bag.jpegs)
+    plain = Bag(bag.meta.said(), bag.jpegs)
     blocks = write_members(bag_members(plain))
     return BagStub(key=bag.meta.key, sha256=digest(blocks), size=len(blocks))
 

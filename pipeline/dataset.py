@@ -19,15 +19,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.contract import (
+    FOLDS,
     SCHEMA_VERSION,
     MicaclError,
     canonical_json,
     digest,
     expecting,
     json_object,
+    part_name,
     require_schema,
 )
 from pipeline.storage import Store, open_store
@@ -42,6 +45,8 @@ INDEX_SCHEMA = pa.schema(
         ("label", pa.string()),
         ("split", pa.string()),
         ("subject", pa.string()),
+        ("fold", pa.int32()),
+        ("scene", pa.string()),
         ("video", pa.string()),
         ("shard", pa.string()),
         ("offset", pa.int64()),
@@ -52,6 +57,12 @@ INDEX_SCHEMA = pa.schema(
         ("seconds", pa.float64()),
         ("detector", pa.string()),
         ("detector_score", pa.float64()),
+        ("codec", pa.string()),
+        ("face_px", pa.float64()),
+        ("face_share", pa.float64()),
+        ("blur", pa.float64()),
+        ("yaw", pa.float64()),
+        ("phash", pa.string()),
         ("crop", pa.string()),
     ]
 )
@@ -76,6 +87,12 @@ class Dataset:
     def split(self, name: str) -> pa.Table:
         """The rows of one split. Raises MicaclError if there are none."""
         rows = self.index.filter(pa.compute.equal(self.index["split"], name))
+        if not rows.num_rows and FOLDS in pc.unique(self.index["split"]).to_pylist():
+            raise MicaclError(
+                f"{self.store.root} version {self.number} is in folds.",
+                f"Without a fold it has no split {name!r}.",
+                "Choose the test fold with --fold (1, 2, ...).",
+            )
         if not rows.num_rows:
             raise MicaclError(
                 f"{self.store.root} version {self.number} has no bag in split {name!r}.",
@@ -120,8 +137,12 @@ def require_shape(body: Mapping[str, Any], where: str) -> None:
         _ = [of_split.items() for of_split in body["counts"].values()], [*body["labels"]]
 
 
-def open_dataset(url: str, version: int | None = None) -> Dataset:
-    """Open a dataset for reading. Index files are hash-checked. Raises MicaclError."""
+def open_dataset(url: str, version: int | None = None, fold: int | None = None) -> Dataset:
+    """Open a dataset for reading. Index files are hash-checked. Raises MicaclError.
+
+    Args:
+        fold: for datasets in folds (DFEW, MAFW): bags of this fold are seen as split `test`, all others as `train`.
+    """
     store = open_store(url)
     number, body, sha256 = read_version(store, version)
     require_shape(body, store.url(version_key(number)))
@@ -132,7 +153,18 @@ def open_dataset(url: str, version: int | None = None) -> Dataset:
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(load, body["shards"]))
     index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
-    return Dataset(store, number, body, sha256, index.combine_chunks())
+    index = index.combine_chunks()
+    return Dataset(store, number, body, sha256, index if fold is None else _fold_as_split(index, fold, store.root))
+
+
+def _fold_as_split(index: pa.Table, fold: int, where: str) -> pa.Table:
+    known = sorted(n for n in pc.unique(index["fold"]).to_pylist() if n is not None)
+    if fold not in known:
+        has = f"the folds {', '.join(map(str, known))}" if known else "no folds"
+        raise MicaclError(f"{where} has no fold {fold}.", "Nothing was read.", f"It has {has}: correct --fold.")
+    is_test = pc.fill_null(pc.equal(index["fold"], fold), False)
+    seen = pc.if_else(is_test, "test", pc.if_else(pc.is_valid(index["fold"]), "train", index["split"]))
+    return index.set_column(index.schema.get_field_index("split"), "split", seen)
 
 
 def get_checked(store: Store, key: str, sha256: str) -> bytes:
@@ -196,10 +228,10 @@ def _late(store: Store, number: int) -> MicaclError:
 
 
 def bag_counts(shards: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, int]]:
-    """Bags by split and label over the shards of a version."""
+    """Bags by part (a split, or fold-1, ...) and label over the shards of a version."""
     out: dict[str, dict[str, int]] = {}
     for shard in shards:
-        of_split = out.setdefault(shard["split"], {})
+        of_split = out.setdefault(part_name(shard["split"], shard.get("fold")), {})
         of_split[shard["label"]] = of_split.get(shard["label"], 0) + shard["bags"]
     return out
 

@@ -125,7 +125,12 @@ def _rewrite(store: Store, shard: Mapping[str, Any], kept: Sequence[dict[str, An
     """Write the shard of the kept rows and its index file; returns its entry in the version."""
     data = store.get(shard["path"])
     bags = [_checked_bag(data, row, store.url(shard["path"])) for row in kept]
-    plan = ShardPlan(split=shard["split"], label=shard["label"], members=tuple(_member(bag) for bag in bags))
+    plan = ShardPlan(
+        split=shard["split"],
+        fold=shard.get("fold"),
+        label=shard["label"],
+        members=tuple(_member(bag) for bag in bags),
+    )
     tar, spans = write_shard(bags)
     rows = {row["key"]: row for row in kept}
     index = write_index(
@@ -156,7 +161,9 @@ def _checked_bag(data: bytes, row: Mapping[str, Any], url: str) -> Bag:
 def _member(bag: Bag) -> Member:
     """As the planner of shards sees a bag, so that the shard has the name that `prepare` would give it."""
     stub = bag_stub(bag)
-    return Member(key=stub.key, sha256=stub.sha256, size=stub.size, crop="", subject=bag.meta.subject)
+    return Member(
+        key=stub.key, sha256=stub.sha256, size=stub.size, crop="", subject=bag.meta.subject, scene=bag.meta.scene
+    )
 
 
 def _video_counts(old: Mapping[str, int], index: pa.Table, keys: set[str]) -> dict[str, int]:

@@ -7,19 +7,23 @@ names and a shard that is there with its index is not made again.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pipeline.bags import Bag
-from pipeline.contract import SCHEMA_VERSION, BagMeta, MicaclError, PackConfig, Video, canonical_json, digest
+from pipeline.contract import SCHEMA_VERSION, BagMeta, MicaclError, PackConfig, Video, canonical_json, digest, part_name
 from pipeline.crop import CropRecord, bag_stub, read_crop
-from pipeline.dataset import read_index, write_index
+from pipeline.dataset import INDEX_SCHEMA, read_index, write_index
 from pipeline.shards import Span, write_shard
 from pipeline.storage import Store
 
 UNLABELLED = "unlabelled"
+_FROM_META = tuple(
+    name
+    for name in INDEX_SCHEMA.names
+    if name in BagMeta.__dataclass_fields__ and name not in ("size", "key", "frames")
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,7 +35,8 @@ class Member:
     size: int
     crop: str
     """Key of the crop object it lies in."""
-    subject: str | None
+    subject: str | None = None
+    scene: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,17 +45,18 @@ class ShardPlan:
 
     split: str
     label: str
+    fold: int | None = None
     members: tuple[Member, ...]
 
     @property
     def id(self) -> str:
         """32 hex digits over everything that decides the shard's bytes."""
-        said = [(m.key, m.sha256, m.subject) for m in self.members]
-        return digest(canonical_json([SCHEMA_VERSION, self.split, self.label, said]).encode())[:32]
+        said = [(m.key, m.sha256, m.subject, m.scene) for m in self.members]
+        return digest(canonical_json([SCHEMA_VERSION, self.split, self.fold, self.label, said]).encode())[:32]
 
     @property
     def path(self) -> str:
-        return f"shards/{self.split}/{self.label}/{self.id}.tar"
+        return f"shards/{part_name(self.split, self.fold)}/{self.label}/{self.id}.tar"
 
     @property
     def index_path(self) -> str:
@@ -63,16 +69,23 @@ def plan_shards(records: Iterable[tuple[Video, str, CropRecord]], config: PackCo
     Args:
         records: of each video that was written: the video, its split and its record.
     """
-    groups: dict[tuple[str, str], list[Member]] = {}
+    groups: dict[tuple[str, int, str], list[Member]] = {}
     for video, split, record in records:
-        group = groups.setdefault((split, _folder_name(video.label or UNLABELLED)), [])
+        group = groups.setdefault((split, video.fold or 0, _folder_name(video.label or UNLABELLED)), [])
         group += [
-            Member(key=b.key, sha256=b.sha256, size=b.size, crop=record.object, subject=video.subject)
+            Member(
+                key=b.key,
+                sha256=b.sha256,
+                size=b.size,
+                crop=record.object,
+                subject=video.subject,
+                scene=video.scene,
+            )
             for b in record.bags
         ]
     return [
-        ShardPlan(split=split, label=label, members=tuple(part))
-        for (split, label), members in sorted(groups.items())
+        ShardPlan(split=split, fold=fold or None, label=label, members=tuple(part))
+        for (split, fold, label), members in sorted(groups.items())
         for part in _cut(sorted(members, key=lambda m: m.key), config)
     ]
 
@@ -124,7 +137,8 @@ def _gather(plan: ShardPlan, store: Store) -> Iterator[Bag]:
         if bag is None or bag_stub(bag).sha256 != member.sha256:
             raise _unusable(store, member.crop, f"does not hold the bag {member.key} as it was cropped")
         label = None if plan.label == UNLABELLED else plan.label
-        yield Bag(dataclasses.replace(bag.meta, label=label, split=plan.split, subject=member.subject), bag.jpegs)
+        said = bag.meta.said(label=label, split=plan.split, fold=plan.fold, subject=member.subject, scene=member.scene)
+        yield Bag(said, bag.jpegs)
 
 
 def _crop_of(store: Store, key: str) -> list[Bag]:
@@ -144,21 +158,15 @@ def _unusable(store: Store, key: str, what: str) -> MicaclError:
 
 def _row(meta: BagMeta, span: Span, plan: ShardPlan) -> dict[str, Any]:
     return {
+        **{name: getattr(meta, name) for name in _FROM_META},
         "key": meta.key,
         "label": plan.label,
-        "split": plan.split,
-        "subject": meta.subject,
-        "video": meta.video,
         "shard": plan.path,
         "offset": span.offset,
         "size": span.size,
         "sha256": span.sha256,
         "frames": meta.frames,
         "instances": len(meta.instance_frames),
-        "seconds": meta.seconds,
-        "detector": meta.detector,
-        "detector_score": meta.detector_score,
-        "crop": meta.crop,
     }
 
 
@@ -169,6 +177,7 @@ def _entry(plan: ShardPlan, index: bytes) -> dict[str, Any]:
     return {
         "path": plan.path,
         "split": plan.split,
+        **({} if plan.fold is None else {"fold": plan.fold}),
         "label": plan.label,
         "bags": rows.num_rows,
         "bytes": rows["offset"][last].as_py() + rows["size"][last].as_py() + 1024,

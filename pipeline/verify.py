@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 import simplejpeg
 
 from pipeline.bags import MAX_FRAME_BYTES, MAX_SIDE, Bag
-from pipeline.contract import MicaclError, digest
+from pipeline.contract import MicaclError, digest, part_name
 from pipeline.dataset import INDEX_SCHEMA, read_index, read_version, version_key
 from pipeline.pack import UNLABELLED
 from pipeline.shards import read_bag
@@ -195,8 +195,7 @@ def _check_bags(data: bytes, rows: pa.Table, shard: Mapping[str, Any], url: str)
 def _compare(bag: Bag, row: Mapping[str, Any]) -> Iterator[str]:
     """Index row against the bag's own json."""
     meta = bag.meta
-    said = {name: getattr(meta, name) for name in ("key", "split", "subject", "video", "frames", "seconds")}
-    said |= {name: getattr(meta, name) for name in ("detector", "detector_score", "crop")}
+    said = {name: getattr(meta, name) for name in INDEX_SCHEMA.names if hasattr(meta, name) and name != "size"}
     said |= {"label": UNLABELLED if meta.label is None else meta.label, "instances": len(meta.instance_frames)}
     for name, value in sorted(said.items()):
         if value != row[name]:
@@ -248,8 +247,8 @@ def _check_rows(
 
 def _count(rows: pa.Table) -> dict[str, dict[str, int]]:
     out: dict[str, dict[str, int]] = {}
-    for row in rows.group_by(["split", "label"]).aggregate([([], "count_all")]).to_pylist():
-        out.setdefault(str(row["split"]), {})[str(row["label"])] = row["count_all"]
+    for row in rows.group_by(["split", "fold", "label"]).aggregate([([], "count_all")]).to_pylist():
+        out.setdefault(part_name(row["split"], row["fold"]), {})[str(row["label"])] = row["count_all"]
     return out
 
 

@@ -127,5 +127,5 @@ def test_what_is_known_of_a_bag_survives_json() -> None:
     meta = _bag(track_of([(100, 100, 40)] * 6), "v_0", 0, "ä/名.mp4", CONFIG).meta
     assert BagMeta.from_json(meta.to_json()) == meta
     assert BagMeta.from_json(meta.to_json().encode()) == meta
-    with pytest.raises(MicaclError, match="schema 2"):
-        BagMeta.from_json(meta.to_json().replace('"schema":1', '"schema":2'))
+    with pytest.raises(MicaclError, match="schema 9"):
+        BagMeta.from_json(meta.to_json().replace('"schema":2', '"schema":9'))

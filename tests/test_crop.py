@@ -150,9 +150,9 @@ def test_a_long_record_is_read_whole(store: LocalStore) -> None:
 
 
 def test_a_record_of_another_schema_is_refused(store: LocalStore) -> None:
-    text = CropRecord(video="a.mp4", object="a").to_json().replace('"schema":1', '"schema":2')
+    text = CropRecord(video="a.mp4", object="a").to_json().replace('"schema":2', '"schema":9')
     store.put("a", write_members([("record.json", text.encode())]))
-    with pytest.raises(MicaclError, match="schema 2"):
+    with pytest.raises(MicaclError, match="schema 9"):
         read_record(store, "a")
 
 

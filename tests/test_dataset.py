@@ -136,7 +136,7 @@ def test_no_version(store: Store) -> None:
         read_version(store, 7)
 
 
-@pytest.mark.parametrize("data", [b'{"schema":2}', b"{}", b"[]", b"", b"\xff"])
+@pytest.mark.parametrize("data", [b'{"schema":3}', b"{}", b"[]", b"", b"\xff"])
 def test_a_version_that_is_not_ours(tmp_path: Path, data: bytes) -> None:
     LocalStore(str(tmp_path)).put(version_key(1), data)
     with pytest.raises(MicaclError):
@@ -145,8 +145,8 @@ def test_a_version_that_is_not_ours(tmp_path: Path, data: bytes) -> None:
 
 def test_another_schema_is_said_in_words(url: str) -> None:
     store = LocalStore(url)
-    store.put(version_key(1), store.get(version_key(1)).replace(b'"schema":1', b'"schema":9'))
-    with pytest.raises(MicaclError, match=r"000001\.json of schema 9; this release reads schema 1"):
+    store.put(version_key(1), store.get(version_key(1)).replace(b'"schema":2', b'"schema":9'))
+    with pytest.raises(MicaclError, match=r"000001\.json of schema 9; this release reads schema 2"):
         open_dataset(url)
 
 
@@ -209,8 +209,9 @@ def test_the_hash_of_a_version_is_of_its_bytes(url: str) -> None:
 
 
 def test_an_index_comes_back_as_it_went() -> None:
-    row = dict.fromkeys(INDEX_SCHEMA.names, "x") | dict.fromkeys(("offset", "size", "frames", "instances"), 7)
-    rows = [{**row, "seconds": 0.5, "detector_score": 0.25, "subject": subject} for subject in ("s1", None)]
+    values = {"string": "x", "double": 0.5, "int32": 7, "int64": 7}
+    row = {field.name: values[str(field.type)] for field in INDEX_SCHEMA}
+    rows = [{**row, "subject": subject, "fold": fold} for subject, fold in (("s1", 2), (None, None))]
     assert write_index(rows) == write_index(rows)
     assert read_index(write_index(rows)).to_pylist() == rows
     assert read_index(write_index(rows)).schema == INDEX_SCHEMA

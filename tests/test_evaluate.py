@@ -82,7 +82,7 @@ def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
     store = open_store(str(tmp_path / "bundle"))
     body = store.get(BUNDLE)
     for bad, words in (
-        (body.replace(b'"schema":1', b'"schema":99'), "schema 99"),
+        (body.replace(b'"schema":2', b'"schema":99'), "schema 99"),
         (body.replace(made.crop.hash.encode(), b"0" * 12), "preprocessing has the hash"),
         (b"[]", "not what this release writes"),
         (b"{", "not what this release writes"),

@@ -20,7 +20,7 @@ from pipeline.bags import Bag
 from pipeline.contract import BagMeta, MicaclError, digest
 from pipeline.shards import MAX_MEMBER_BYTES, bag_members, read_bag, read_bags, read_members, write_members, write_shard
 
-GOLDEN = "b32ac601879637890df5ac82561e2c6441824850f4aed409168bac00d6f7c91a"
+GOLDEN = "5c2f9e5881952fe3738a687602b8899c7b457542b0ec37749824c8ff71ce2b7d"
 WHERE = "s3://b/shards/train/happy/x.tar"
 
 
