@@ -192,7 +192,6 @@ def prepare(
         require_between(0, 1, flag, value)
     open_store(absolute(dataset)).check()
     videos, words = open_source(absolute(raw), source, labels)
-    say(f"{len(videos)} videos in {raw}")
     with ray_session(address=address, num_cpus=workers):
         from pipeline.prepare import PrepareConfig
         from pipeline.prepare import prepare as job

@@ -108,6 +108,15 @@ class Video:
         """16 hex digits, a function of `name` alone. Two parts of one file have two names."""
         return digest(self.name.encode())[:16]
 
+    def to_json(self) -> str:
+        return canonical_json(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str = "a work list") -> Video:
+        fields = json_object(text, f"a video in {where}")
+        with expecting(f"a video in {where}"):
+            return cls(**{**fields, "box": tuple(fields["box"]) if fields.get("box") else None})
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CropConfig:

@@ -9,12 +9,14 @@ exists whole or not at all, and a run that finds it decodes nothing.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import (
+    SAID,
     SCHEMA_VERSION,
+    BagMeta,
     CropConfig,
     MicaclError,
     Quarantined,
@@ -26,6 +28,7 @@ from pipeline.contract import (
     json_object,
     require_schema,
 )
+from pipeline.dataset import INDEX_SCHEMA
 from pipeline.shards import bag_members, read_bags, read_members, write_members
 from pipeline.storage import Store, open_store, split_url
 
@@ -42,6 +45,8 @@ class BagStub:
     """Of its tar blocks as they lie in a crop: what its content is, whatever is said of it."""
     size: int
     """Bytes of its tar blocks."""
+    columns: dict[str, Any] = field(default_factory=dict)
+    """What the index will say of it that no source says: frames, seconds, quality. `--pack.where` asks for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -143,7 +148,16 @@ def bag_stub(bag: Bag) -> BagStub:
     """What the planner of shards needs of a bag, the same before and after pack."""
     plain = Bag(bag.meta.said(), bag.jpegs)
     blocks = write_members(bag_members(plain))
-    return BagStub(key=bag.meta.key, sha256=digest(blocks), size=len(blocks))
+    return BagStub(key=bag.meta.key, sha256=digest(blocks), size=len(blocks), columns=_columns(plain.meta))
+
+
+def _columns(meta: BagMeta) -> dict[str, Any]:
+    """Index columns of a bag that are known before it is packed."""
+    packed = {*SAID, "key", "video", "shard", "offset", "size", "sha256", "instances"}
+    return {
+        "instances": len(meta.instance_frames),
+        **{name: getattr(meta, name) for name in INDEX_SCHEMA.names if name not in packed},
+    }
 
 
 def read_crop(store: Store, key: str) -> list[Bag]:

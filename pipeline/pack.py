@@ -1,13 +1,14 @@
 """Bags -> shards. First a plan (pure), then one shard for each row of the plan (idempotent).
 
 Shards are class-pure: a balanced epoch streams the head classes once and keeps the tail's shards at hand. Which bags
-go together is a function of their keys alone; a shard's name is a hash of what goes in, so equal inputs meet equal
-names and a shard that is there with its index is not made again.
+go together is decided by their keys alone (`cut_ranges`); a shard's name is a hash of what goes in, so equal inputs
+meet equal names and a shard that is there with its index is not made again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,9 @@ from pipeline.shards import Span, write_shard
 from pipeline.storage import Store
 
 UNLABELLED = "unlabelled"
+PLACES = 2**64
+Weigh = Callable[[int, int], tuple[int, int]]
+"""(low, high) -> bags and bytes of the places [low, high)."""
 _FROM_META = tuple(
     name
     for name in INDEX_SCHEMA.names
@@ -64,48 +68,90 @@ class ShardPlan:
 
 
 def plan_shards(records: Iterable[tuple[Video, str, CropRecord]], config: PackConfig) -> list[ShardPlan]:
-    """Group bags by split and label, order them by key and cut them by count and bytes.
+    """The plan of bags that fit in memory. `pipeline.ledger` makes the same plan of any number.
 
     Args:
         records: of each video that was written: the video, its split and its record.
     """
     groups: dict[tuple[str, int, str], list[Member]] = {}
     for video, split, record in records:
-        group = groups.setdefault((split, video.fold or 0, _folder_name(video.label or UNLABELLED)), [])
-        group += [
-            Member(
-                key=b.key,
-                sha256=b.sha256,
-                size=b.size,
-                crop=record.object,
-                subject=video.subject,
-                scene=video.scene,
-            )
-            for b in record.bags
-        ]
+        label = folder_name(video.label or UNLABELLED)
+        groups.setdefault((split, video.fold or 0, label), []).extend(members_of(video, record))
     return [
-        ShardPlan(split=split, fold=fold or None, label=label, members=tuple(part))
+        ShardPlan(split=split, fold=fold or None, label=label, members=part)
         for (split, fold, label), members in sorted(groups.items())
-        for part in _cut(sorted(members, key=lambda m: m.key), config)
+        for part in cut_members(members, config)
     ]
 
 
-def _folder_name(label: str) -> str:
+def members_of(video: Video, record: CropRecord) -> list[Member]:
+    """The bags of a video as the planner sees them."""
+    return [
+        Member(key=b.key, sha256=b.sha256, size=b.size, crop=record.object, subject=video.subject, scene=video.scene)
+        for b in record.bags
+    ]
+
+
+def folder_name(label: str) -> str:
+    """A label that can be a folder. Raises MicaclError."""
     if "/" in label or label in (".", "..") or not label.isprintable():
         raise MicaclError(f"The label {label!r} cannot name a folder.", "Nothing was packed.", "Rename it: no slash.")
     return label
 
 
-def _cut(members: Sequence[Member], config: PackConfig) -> Iterator[list[Member]]:
+def place_of(key: str) -> int:
+    """Where a bag lies on the ring of 2^64 places: its video id as a number. Evenly spread, for it is a hash."""
+    return int(key.partition("_")[0], 16)
+
+
+def cut_ranges(weigh: Weigh, config: PackConfig, low: int = 0, high: int = PLACES) -> Iterator[tuple[int, int]]:
+    """Halve the range of places [low, high) until each part fits a shard; empty parts are left out.
+
+        one class:  [------------------ 700 bags ------------------]        max_bags 256
+                    [------- 343 -------][------- 357 --------]
+                    [-- 170 -][-- 173 --][-- 181 -][-- 176 ---]             four shards
+
+    Which bags share a shard is decided by their own places: one bag more splits at most the shard it falls into, and
+    all others keep their names. Places are hashes, so halves are nearly equal and shards about half full or more.
+    """
+    bags, size = weigh(low, high)
+    if not bags:
+        return
+    if high - low == 1 or (bags <= config.max_bags and (size <= config.max_bytes or bags == 1)):
+        yield low, high
+        return
+    middle = (low + high) // 2
+    yield from cut_ranges(weigh, config, low, middle)
+    yield from cut_ranges(weigh, config, middle, high)
+
+
+def cut_members(members: Sequence[Member], config: PackConfig) -> Iterator[tuple[Member, ...]]:
+    """The shards of one class."""
+    ordered = sorted(members, key=lambda m: m.key)
+    places = [place_of(m.key) for m in ordered]
+
+    def slice_of(low: int, high: int) -> Sequence[Member]:
+        return ordered[bisect_left(places, low) : bisect_left(places, high)]
+
+    def weigh(low: int, high: int) -> tuple[int, int]:
+        found = slice_of(low, high)
+        return len(found), sum(m.size for m in found)
+
+    for low, high in cut_ranges(weigh, config):
+        yield from cut_rows(slice_of(low, high), config)
+
+
+def cut_rows(members: Sequence[Member], config: PackConfig) -> Iterator[tuple[Member, ...]]:
+    """One shard, or several where the bags of a single video are too many for one."""
     part: list[Member] = []
     for member in members:
         full = len(part) >= config.max_bags or sum(m.size for m in part) + member.size > config.max_bytes
         if part and full:
-            yield part
+            yield tuple(part)
             part = []
         part.append(member)
     if part:
-        yield part
+        yield tuple(part)
 
 
 def pack_shard(plan: ShardPlan, store: Store) -> tuple[dict[str, Any], bool]:

@@ -1,9 +1,10 @@
 """`micacl prepare`: a raw bucket -> shards. Crop every video, pack the bags, commit one version. Ray is here only.
 
-    list ──> crop (a task for a few videos) ──> plan ──> pack (a task a shard) ──> commit (one conditional put)
+    list ──> ledger ──> crop (a task for a few videos) ──> plan ──> pack (a task a shard) ──> commit (conditional put)
 
-The steps are pure functions of other rooms; this one hands rows to Ray Data and counts what comes back. Killed
-anywhere and run again, it finds what is done by looking at storage and does the rest.
+The steps are pure functions of other rooms; this one hands numbers of videos and rows of plans to Ray Data and writes
+what comes back into a ledger on disk, so that the driver's memory does not grow with the bucket. Killed anywhere and
+run again, it finds what is done by looking at storage and does the rest.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import dataclasses
 import json
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import ray
@@ -27,15 +28,23 @@ from pipeline.contract import (
     Video,
     canonical_json,
     digest,
+    require_label,
 )
-from pipeline.crop import CropRecord, crop_video
-from pipeline.dataset import bag_counts, commit, version_body
-from pipeline.pack import Member, ShardPlan, pack_shard, plan_shards
+from pipeline.crop import CropRecord, crop_key, crop_video
+from pipeline.dataset import bag_counts, commit, newest_version, version_body
+from pipeline.ledger import Ledger, open_ledger
+from pipeline.pack import Member, ShardPlan, pack_shard
+from pipeline.records import read_records, write_records
 from pipeline.sources import assign_split
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
+from pipeline.worklist import read_videos, write_worklist
 
 _VIDEOS_PER_TASK = 4
 """Small enough that a lost task loses little, large enough that Ray's cost per task (some 10 ms) does not show."""
+_MOST_BLOCKS = 20_000
+"""Ray plans a read task a block before it starts any; above this many the tasks get larger instead."""
+_PLANS_AT_ONCE = 256
+"""Shard plans in the driver's memory, some 50 kB each."""
 
 Progress = Callable[[str], None]
 
@@ -51,36 +60,45 @@ class PrepareConfig:
 
 
 def prepare(
-    videos: Sequence[Video], labels: tuple[str, ...], dataset_url: str, config: PrepareConfig, say: Progress
+    videos: Iterable[Video], labels: tuple[str, ...], dataset_url: str, config: PrepareConfig, say: Progress
 ) -> dict[str, Any]:
     """Run the job on the Ray that is up. Returns counts for the JSON line.
 
     Args:
-        videos, labels: from pipeline.sources.open_source.
+        videos: from a source, in any order; read once and not kept.
+        labels: the label set in order; ("auto",) takes the words that are there, sorted.
 
-    Raises MicaclError if no video gives a bag; nothing is visible to readers until the last step.
+    Raises MicaclError if no video gives a bag, or if somebody else commits meanwhile; nothing is visible to readers
+    until the last step.
     """
     store = open_store(dataset_url)
-    records, cropped = _crop_all(videos, config.crop, dataset_url, say)
-    written = [(v, assign_split(v, config.test_share), records[v.name]) for v in videos if records[v.name].bags]
-    if not written:
-        raise MicaclError(
-            f"None of the {len(videos)} videos gave a bag ({_reasons(records)}).",
-            "No version was committed.",
-            "`micacl status URL` lists the reasons; check that the videos show faces.",
+    parent, before = newest_version(store)
+    with open_ledger() as ledger:
+        ledger.add(_listed(videos, labels, config, say))
+        labels = tuple(ledger.labels()) if labels == ("auto",) else labels
+        say(f"{ledger.counts()['listed']} videos listed")
+        _take_over(ledger, store, before, config.crop, say)
+        cropped = _crop_all(ledger, store, config.crop, say)
+        counts = ledger.counts()
+        if not counts["bags"]:
+            raise MicaclError(
+                f"None of the {counts['listed']} videos gave a bag ({_reasons(ledger)}).",
+                "No version was committed.",
+                "`micacl status URL` lists the reasons; check that the videos show faces.",
+            )
+        shards, packed = _pack_all(ledger, store, before, config.pack, say)
+        body = version_body(
+            labels=labels,
+            shards=shards,
+            rows=bag_counts(shards),
+            crop={**dataclasses.asdict(config.crop), "hash": config.crop.hash},
+            pack={**dataclasses.asdict(config.pack), "test_share": config.test_share},
+            videos={name: counts[name] for name in ("listed", "written", "quarantined")},
+            quarantined=ledger.reasons(),
+            quarantine=_write_quarantine(store, ledger),
+            records=write_records(store, ledger.records()),
         )
-    shards, packed = _pack_all(plan_shards(written, config.pack), dataset_url, say)
-    quarantined = {name: r for name, r in records.items() if r.reason}
-    body = version_body(
-        labels=labels,
-        shards=shards,
-        rows=bag_counts(shards),
-        crop={**dataclasses.asdict(config.crop), "hash": config.crop.hash},
-        videos={"listed": len(videos), "written": len(written), "quarantined": len(quarantined)},
-        quarantined=dict(sorted(Counter(r.reason for r in quarantined.values()).items())),
-        quarantine=_write_quarantine(dataset_url, quarantined),
-    )
-    number, new = commit(store, body)
+    number, new = commit(store, body, parent)
     say(f"version {number} {'committed' if new else 'is there already and says the same: nothing was written'}")
     return {
         "dataset": store.root,
@@ -95,49 +113,91 @@ def prepare(
     }
 
 
-def _crop_all(
-    videos: Sequence[Video], config: CropConfig, dataset_url: str, say: Progress
-) -> tuple[dict[str, CropRecord], int]:
-    """Every video's record by name, and how many were decoded in this run."""
+def _listed(
+    videos: Iterable[Video], labels: tuple[str, ...], config: PrepareConfig, say: Progress
+) -> Iterator[tuple[Video, str]]:
+    """Each video with its split, and the key of its crop if its fingerprint is known."""
+    last = time.monotonic()
+    for number, video in enumerate(videos):
+        if video.label is not None and labels != ("auto",):
+            require_label(video.label, labels, f"{video.name} (give the set with --labels, or --labels auto)")
+        whole = dataclasses.replace(video, split=assign_split(video, config.test_share))
+        yield whole, crop_key(whole, config.crop) if video.fingerprint else ""
+        if time.monotonic() - last > 5:
+            last = time.monotonic()
+            say(f"listing: {number + 1} videos")
+
+
+def _take_over(ledger: Ledger, store: Store, before: Mapping[str, Any] | None, crop: CropConfig, say: Progress) -> None:
+    """What the newest version knows of crops that are still there need not be asked again."""
+    files = (before or {}).get("records") or []
+    if not files:
+        return
+    try:
+        ledger.know(read_records(store, files), (entry.key for entry in store.list(f"crops/{crop.hash}/")))
+    except MicaclError as error:
+        say(f"the records of the newest version are not used, each crop is looked at instead: {error.cause}")
+
+
+def _crop_all(ledger: Ledger, store: Store, config: CropConfig, say: Progress) -> int:
+    """Complete the ledger. Returns how many videos were worked on in this run (not: found done)."""
+    listed, known = (ledger.counts()[name] for name in ("listed", "done"))
+    if known == listed:
+        say(f"all {listed} videos were cropped before")
+        return 0
+    work = write_worklist(store, ledger.todo(), listed, config.hash)
+    url, parts, videos = store.root, work.parts, work.videos
 
     def crop_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
-        store = open_store(dataset_url)
-        done = [crop_video(_video(text), config, store) for text in batch["video"]]
+        target, done = open_store(url), []
+        for task in batch["id"]:
+            start = int(task) * _VIDEOS_PER_TASK
+            for video in read_videos(url, parts, start, min(start + _VIDEOS_PER_TASK, videos)):
+                done.append(crop_video(video, config, target))
         return {"record": [r.to_json() for r, _ in done], "worked": [worked for _, worked in done]}
 
-    rows = [{"video": canonical_json(dataclasses.asdict(v))} for v in videos]
-    records: dict[str, CropRecord] = {}
-    worked, start, last = 0, time.monotonic(), 0.0
-    for row in _ray_map(rows, crop_batch, _VIDEOS_PER_TASK):
-        record = CropRecord.from_json(row["record"])
-        records[record.video] = record
+    tasks = -(-videos // _VIDEOS_PER_TASK)
+    rows = ray.data.range(tasks, override_num_blocks=min(tasks, _MOST_BLOCKS))
+    worked, meter = 0, _Meter(known, listed)
+    for row in _ray_map(rows, crop_batch):
+        ledger.record(CropRecord.from_json(row["record"]))
         worked += bool(row["worked"])
-        now = time.monotonic()
-        if now - last > 2 or len(records) == len(videos):
-            last = now
-            say(_progress(records, worked, len(videos), now - start))
-    return records, worked
+        if meter.due():
+            say(meter.line(ledger, worked))
+    say(meter.line(ledger, worked))
+    if (done := ledger.counts()["done"]) != listed:
+        raise RuntimeError(f"{listed} videos went in and {done} came out")  # a failure of code, never of data
+    return worked
 
 
-def _pack_all(plans: Sequence[ShardPlan], dataset_url: str, say: Progress) -> tuple[list[dict[str, Any]], int]:
+def _pack_all(
+    ledger: Ledger, store: Store, before: Mapping[str, Any] | None, config: PackConfig, say: Progress
+) -> tuple[list[dict[str, Any]], int]:
     """The version's entry of every shard, and how many were written in this run."""
+    there = {entry.key for folder in ("shards/", "index/") for entry in store.list(folder)}
+    known = {str(shard["path"]): dict(shard) for shard in (before or {}).get("shards", [])}
+    url = store.root
 
     def pack_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
-        store = open_store(dataset_url)
-        done = [pack_shard(_plan(text), store) for text in batch["plan"]]
+        target = open_store(url)
+        done = [pack_shard(_plan(text), target) for text in batch["plan"]]
         return {"entry": [canonical_json(entry) for entry, _ in done], "wrote": [wrote for _, wrote in done]}
 
-    rows = [{"plan": canonical_json(dataclasses.asdict(p))} for p in plans]
-    done = list(_ray_map(rows, pack_batch, 1))
-    wrote = sum(bool(row["wrote"]) for row in done)
-    say(f"{len(plans)} shards, {wrote} written")
-    return [_json(row["entry"]) for row in done], wrote
+    entries, wrote, plans = [], 0, ledger.plans(config)
+    while part := list(islice(plans, _PLANS_AT_ONCE)):
+        kept = [known[p.path] for p in part if p.path in known and {p.path, p.index_path} <= there]
+        fresh = [p for p in part if p.path not in known or not {p.path, p.index_path} <= there]
+        rows = [{"plan": canonical_json(dataclasses.asdict(p))} for p in fresh]
+        done = list(_ray_map(ray.data.from_items(rows, override_num_blocks=len(rows)), pack_batch)) if rows else []
+        wrote += sum(bool(row["wrote"]) for row in done)
+        entries += [*kept, *(_json(row["entry"]) for row in done)]
+        say(f"{len(entries)} shards, {wrote} written")
+    return entries, wrote
 
 
-def _ray_map(rows: list[dict[str, Any]], function: Callable[..., Any], rows_per_task: int) -> Iterator[dict[str, Any]]:
-    """Rows through Ray Data in tasks of `rows_per_task`, as they finish. Our own errors come out as themselves."""
+def _ray_map(rows: ray.data.Dataset, function: Callable[..., Any]) -> Iterator[dict[str, Any]]:
+    """Blocks of rows through Ray Data, as they finish. Our own errors come out as themselves."""
     quiet_ray_data()
-    blocks = -(-len(rows) // rows_per_task)
 
     def guarded(batch: dict[str, Any]) -> dict[str, list[Any]]:
         """Ray Data wraps what a function raises beyond recognition: our errors travel as rows."""
@@ -150,10 +210,7 @@ def _ray_map(rows: list[dict[str, Any]], function: Callable[..., Any], rows_per_
             return {"error": [json.dumps(said)]}
         return {**done, "error": [""] * len(next(iter(done.values())))}
 
-    data = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
-        guarded, batch_size=None, batch_format="numpy", num_cpus=1
-    )
-    for row in data.iter_rows():
+    for row in rows.map_batches(guarded, batch_size=None, batch_format="numpy", num_cpus=1).iter_rows():
         if row["error"]:
             raise MicaclError(*json.loads(row["error"]))
         yield row
@@ -168,18 +225,30 @@ def quiet_ray_data() -> None:
     context.print_on_execution_start = False
 
 
-def _progress(records: dict[str, CropRecord], worked: int, total: int, seconds: float) -> str:
-    done, bad = len(records), sum(1 for r in records.values() if r.reason)
-    rate = done / max(seconds, 1e-3)
-    bags = sum(len(r.bags) for r in records.values())
-    return (
-        f"cropped {done}/{total} videos ({worked} decoded now), {bags} bags, {bad} quarantined, "
-        f"{rate:.1f} videos/s, {max(0.0, (total - done) / max(rate, 1e-3)):.0f} s left"
-    )
+class _Meter:
+    """The progress line: how much is done, how fast, what is left."""
 
+    def __init__(self, known: int, listed: int) -> None:
+        self.known, self.listed = known, listed
+        self.start = self.last = time.monotonic()
 
-def _video(text: str) -> Video:
-    return Video(**_json(text))
+    def due(self) -> bool:
+        """Every two seconds."""
+        now = time.monotonic()
+        if now - self.last < 2:
+            return False
+        self.last = now
+        return True
+
+    def line(self, ledger: Ledger, worked: int) -> str:
+        counts, seconds = ledger.counts(), max(time.monotonic() - self.start, 1e-3)
+        rate = (counts["done"] - self.known) / seconds
+        left = (self.listed - counts["done"]) / max(rate, 1e-3)
+        return (
+            f"cropped {counts['done']}/{self.listed} videos ({worked} decoded now), {counts['bags']} bags, "
+            f"{counts['quarantined']} quarantined, {rate:.1f} videos/s, {counts['bags'] / seconds:.1f} clips/s, "
+            f"{left:.0f} s left"
+        )
 
 
 def _plan(text: str) -> ShardPlan:
@@ -192,18 +261,17 @@ def _json(text: Any) -> dict[str, Any]:
     return value
 
 
-def _reasons(records: dict[str, CropRecord]) -> str:
-    counts = Counter(r.reason for r in records.values() if r.reason)
-    return ", ".join(f"{n} {reason}" for reason, n in sorted(counts.items()))
+def _reasons(ledger: Ledger) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in ledger.reasons().items())
 
 
-def _write_quarantine(dataset_url: str, quarantined: dict[str, CropRecord]) -> dict[str, str]:
-    """One JSON line a video: name, reason, detail. Named by its content, so equal runs write equal objects."""
+def _write_quarantine(store: Store, ledger: Ledger) -> dict[str, str]:
+    """One JSON line a video: name, reason, detail, crop. Named by its content, so equal runs write equal objects."""
     lines = [
-        canonical_json({"video": name, "reason": r.reason, "detail": r.detail})
-        for name, r in sorted(quarantined.items())
+        canonical_json({"video": r.video, "reason": reason, "detail": r.detail, "object": r.object})
+        for r, reason in ledger.quarantined()
     ]
     data = "".join(f"{line}\n" for line in lines).encode()
     key = f"quarantine/{digest(data)[:32]}.jsonl"
-    open_store(dataset_url).put_if_absent(key, data)
+    store.put_if_absent(key, data)
     return {"path": key, "sha256": digest(data)}

@@ -58,9 +58,23 @@ def test_the_plan(rows: list[Row], config: PackConfig, seed: int) -> None:
     assert len({plan.path for plan in plans}) == len({plan.index_path for plan in plans}) == len(plans)
 
 
-def test_shards_are_as_full_as_the_caps_allow() -> None:
-    plans = plan_shards([row_of(i, "happy", "train", [10]) for i in range(10)], PackConfig(max_bags=4, max_bytes=35))
-    assert [len(p.members) for p in plans] == [3, 3, 3, 1]
+@pytest.mark.parametrize("count", [300, 1000, 5000])
+def test_shards_are_half_full_or_more_in_the_mean(count: int) -> None:
+    plans = plan_shards([row_of(i, "happy", "train", [10]) for i in range(count)], PackConfig(max_bags=64))
+    assert count / len(plans) > 32
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(count=st.integers(1, 60), config=CONFIGS)
+def test_one_bag_more_leaves_all_other_shards_alone(count: int, config: PackConfig) -> None:
+    rows = [row_of(i, "happy", "train", [10]) for i in range(count + 1)]
+    before, after = ({p.id: p for p in plan_shards(part, config)} for part in (rows[:-1], rows))
+    assert len(before.keys() - after.keys()) <= 1, "one bag more changes at most the shard it falls into"
+
+
+def test_the_bags_of_one_video_may_fill_several_shards() -> None:
+    plans = plan_shards([row_of(0, "happy", "train", [10] * 7)], PackConfig(max_bags=3))
+    assert [len(p.members) for p in plans] == [3, 3, 1]
 
 
 @pytest.mark.parametrize(
