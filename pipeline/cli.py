@@ -192,12 +192,12 @@ def prepare(
         require_between(0, 1, flag, value)
     open_store(absolute(dataset)).check()
     videos, words = open_source(absolute(raw), source, labels)
-    with ray_session(address=address, num_cpus=workers):
-        from pipeline.prepare import PrepareConfig
-        from pipeline.prepare import prepare as job
+    from pipeline.prepare import PrepareConfig
+    from pipeline.prepare import prepare as job
 
-        config = PrepareConfig(test_share=test_share, crop=crop, pack=pack)
-        result = job(videos, words, absolute(dataset), config, say)
+    config = PrepareConfig(test_share=test_share, crop=crop, pack=pack)
+    session = functools.partial(ray_session, address=address, num_cpus=workers)
+    result = job(videos, words, absolute(dataset), config, say, session)
     listed, bad = result["videos"]["listed"], result["videos"]["quarantined"]
     if bad > max_quarantined * listed:
         say(f"{bad} of {listed} videos are quarantined, more than --max-quarantined {max_quarantined:g}.")

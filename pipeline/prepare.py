@@ -9,10 +9,13 @@ run again, it finds what is done by looking at storage and does the rest.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -43,10 +46,15 @@ _VIDEOS_PER_TASK = 4
 """Small enough that a lost task loses little, large enough that Ray's cost per task (some 10 ms) does not show."""
 _MOST_BLOCKS = 20_000
 """Ray plans a read task a block before it starts any; above this many the tasks get larger instead."""
+_RATE_LINES = 16
+"""Rates are over the time since this many progress lines ago: half a minute."""
 _PLANS_AT_ONCE = 256
 """Shard plans in the driver's memory, some 50 kB each."""
 
 Progress = Callable[[str], None]
+Session = Callable[[], contextlib.AbstractContextManager[Any]]
+Enter = Callable[[], Any]
+"""Starts or joins Ray, once."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,25 +68,32 @@ class PrepareConfig:
 
 
 def prepare(
-    videos: Iterable[Video], labels: tuple[str, ...], dataset_url: str, config: PrepareConfig, say: Progress
+    videos: Iterable[Video],
+    labels: tuple[str, ...],
+    dataset_url: str,
+    config: PrepareConfig,
+    say: Progress,
+    session: Session = contextlib.nullcontext,
 ) -> dict[str, Any]:
-    """Run the job on the Ray that is up. Returns counts for the JSON line.
+    """Run the job. Returns counts for the JSON line.
 
     Args:
         videos: from a source, in any order; read once and not kept.
         labels: the label set in order; ("auto",) takes the words that are there, sorted.
+        session: makes Ray usable for a while (`ray_session`); entered only if there is work for it.
 
     Raises MicaclError if no video gives a bag, or if somebody else commits meanwhile; nothing is visible to readers
     until the last step.
     """
     store = open_store(dataset_url)
     parent, before = newest_version(store)
-    with open_ledger() as ledger:
+    with open_ledger() as ledger, contextlib.ExitStack() as stack:
+        enter = functools.cache(lambda: stack.enter_context(session()))
         ledger.add(_listed(videos, labels, config, say))
         labels = tuple(ledger.labels()) if labels == ("auto",) else labels
         say(f"{ledger.counts()['listed']} videos listed")
         _take_over(ledger, store, before, config.crop, say)
-        cropped = _crop_all(ledger, store, config.crop, say)
+        cropped = _crop_all(ledger, store, config.crop, say, enter)
         counts = ledger.counts()
         if not counts["bags"]:
             raise MicaclError(
@@ -86,7 +101,7 @@ def prepare(
                 "No version was committed.",
                 "`micacl status URL` lists the reasons; check that the videos show faces.",
             )
-        shards, packed = _pack_all(ledger, store, before, config.pack, say)
+        shards, packed = _pack_all(ledger, store, before, config.pack, say, enter)
         body = version_body(
             labels=labels,
             shards=shards,
@@ -139,7 +154,7 @@ def _take_over(ledger: Ledger, store: Store, before: Mapping[str, Any] | None, c
         say(f"the records of the newest version are not used, each crop is looked at instead: {error.cause}")
 
 
-def _crop_all(ledger: Ledger, store: Store, config: CropConfig, say: Progress) -> int:
+def _crop_all(ledger: Ledger, store: Store, config: CropConfig, say: Progress, enter: Enter) -> int:
     """Complete the ledger. Returns how many videos were worked on in this run (not: found done)."""
     listed, known = (ledger.counts()[name] for name in ("listed", "done"))
     if known == listed:
@@ -156,6 +171,7 @@ def _crop_all(ledger: Ledger, store: Store, config: CropConfig, say: Progress) -
                 done.append(crop_video(video, config, target))
         return {"record": [r.to_json() for r, _ in done], "worked": [worked for _, worked in done]}
 
+    enter()
     tasks = -(-videos // _VIDEOS_PER_TASK)
     rows = ray.data.range(tasks, override_num_blocks=min(tasks, _MOST_BLOCKS))
     worked, meter = 0, _Meter(known, listed)
@@ -171,7 +187,7 @@ def _crop_all(ledger: Ledger, store: Store, config: CropConfig, say: Progress) -
 
 
 def _pack_all(
-    ledger: Ledger, store: Store, before: Mapping[str, Any] | None, config: PackConfig, say: Progress
+    ledger: Ledger, store: Store, before: Mapping[str, Any] | None, config: PackConfig, say: Progress, enter: Enter
 ) -> tuple[list[dict[str, Any]], int]:
     """The version's entry of every shard, and how many were written in this run."""
     there = {entry.key for folder in ("shards/", "index/") for entry in store.list(folder)}
@@ -188,7 +204,10 @@ def _pack_all(
         kept = [known[p.path] for p in part if p.path in known and {p.path, p.index_path} <= there]
         fresh = [p for p in part if p.path not in known or not {p.path, p.index_path} <= there]
         rows = [{"plan": canonical_json(dataclasses.asdict(p))} for p in fresh]
-        done = list(_ray_map(ray.data.from_items(rows, override_num_blocks=len(rows)), pack_batch)) if rows else []
+        done = []
+        if rows:
+            enter()
+            done = list(_ray_map(ray.data.from_items(rows, override_num_blocks=len(rows)), pack_batch))
         wrote += sum(bool(row["wrote"]) for row in done)
         entries += [*kept, *(_json(row["entry"]) for row in done)]
         say(f"{len(entries)} shards, {wrote} written")
@@ -229,8 +248,8 @@ class _Meter:
     """The progress line: how much is done, how fast, what is left."""
 
     def __init__(self, known: int, listed: int) -> None:
-        self.known, self.listed = known, listed
-        self.start = self.last = time.monotonic()
+        self.listed, self.last = listed, time.monotonic()
+        self._seen: deque[tuple[float, int, int]] = deque([(self.last, known, 0)], maxlen=_RATE_LINES)
 
     def due(self) -> bool:
         """Every two seconds."""
@@ -241,14 +260,23 @@ class _Meter:
         return True
 
     def line(self, ledger: Ledger, worked: int) -> str:
-        counts, seconds = ledger.counts(), max(time.monotonic() - self.start, 1e-3)
-        rate = (counts["done"] - self.known) / seconds
-        left = (self.listed - counts["done"]) / max(rate, 1e-3)
+        counts, now = ledger.counts(), time.monotonic()
+        since, done, bags = self._seen[0]
+        seconds = max(now - since, 1e-3)
+        rate, clips = (counts["done"] - done) / seconds, (counts["bags"] - bags) / seconds
+        self._seen.append((now, counts["done"], counts["bags"]))
+        left = _duration((self.listed - counts["done"]) / max(rate, 1e-3))
         return (
             f"cropped {counts['done']}/{self.listed} videos ({worked} decoded now), {counts['bags']} bags, "
-            f"{counts['quarantined']} quarantined, {rate:.1f} videos/s, {counts['bags'] / seconds:.1f} clips/s, "
-            f"{left:.0f} s left"
+            f"{counts['quarantined']} quarantined, {rate:.1f} videos/s, {clips:.1f} clips/s, {left} left"
         )
+
+
+def _duration(seconds: float) -> str:
+    """`45 s`, `12 min`, `3.5 h`: as exact as a guess can be."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _plan(text: str) -> ShardPlan:
