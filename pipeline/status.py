@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any
 
-from pipeline.contract import MicaclError
+from pipeline.contract import MicaclError, Video
 from pipeline.crop import read_record
 from pipeline.dataset import list_versions, read_version, require_shape, version_key
 from pipeline.storage import Entry, Store, open_store
+from pipeline.worklist import WorkList, iter_worklist, read_worklist
 
 _CROP_KEY = re.compile(r"crops/([0-9a-f]+)/[0-9a-f]{2}/([0-9a-f]{16})\.[0-9a-f]+\.tar$")
 _RECORD_ONLY_BYTES = 16 * 1024
@@ -29,7 +32,8 @@ UNREADABLE_RECORD = "unreadable_record"
 def dataset_status(url: str) -> dict[str, Any]:
     """What is done, left and broken.
 
-    Returns {"dataset", "says" (one sentence), "versions", "newest" (or None), "crops" by crop hash, "shards"}.
+    Returns {"dataset", "says" (a few sentences), "run" (of the latest prepare: videos listed, done, left; or None),
+    "versions", "newest" (or None), "crops" by crop hash, "shards"}.
     Raises MicaclError if the bucket is missing or refuses us.
     """
     store = open_store(url)
@@ -42,14 +46,42 @@ def dataset_status(url: str) -> dict[str, Any]:
     if body is not None:
         require_shape(body, store.url(version_key(versions[-1])))
     counts = _shard_counts(body["shards"] if body else [], shards, index)
+    run = _latest_run(store)
     return {
         "dataset": store.root,
-        "says": _sentence(versions, crops, counts),
+        "says": " ".join(filter(None, (_sentence(versions, crops, counts), _run_sentence(run)))),
+        "run": run,
         "versions": versions,
         "newest": _summary(body) if body else None,
         "crops": crops,
         "shards": counts,
     }
+
+
+def _latest_run(store: Store) -> dict[str, int] | None:
+    """How far the latest `prepare` has come: crops that are there of the videos it had listed. None without one."""
+    work = read_worklist(store)
+    if work is None:
+        return None
+    left = sum(1 for video in _without_crop(store, work))
+    return {"listed": work.listed, "done": work.listed - left, "left": left}
+
+
+def _without_crop(store: Store, work: WorkList) -> Iterator[Video]:
+    """Videos of the list that have no crop of the list's settings. Both are by video id: one folder in memory."""
+    for folder, videos in groupby(iter_worklist(store, work), key=lambda video: video.id[:2]):
+        crops = store.list(f"crops/{work.crop}/{folder}/")
+        there = {found.group(2) for entry in crops if (found := _CROP_KEY.match(entry.key))}
+        yield from (video for video in videos if video.id not in there)
+
+
+def _run_sentence(run: dict[str, int] | None) -> str:
+    if run is None or not run["left"]:
+        return ""
+    return (
+        f"The latest prepare listed {run['listed']} videos: {run['done']} are cropped, {run['left']} are left. If none "
+        "is under way, the same command goes on from there."
+    )
 
 
 def _summary(body: dict[str, Any]) -> dict[str, Any]:
@@ -59,20 +91,41 @@ def _summary(body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _crops(store: Store) -> dict[str, dict[str, Any]]:
-    """By crop hash: crop objects, distinct videos, bytes, and quarantined by reason."""
-    found: dict[str, list[tuple[str, Entry]]] = {}
+    """By crop hash: crop objects, distinct videos, bytes, and quarantined by reason. Holds one folder in memory."""
+    found: dict[str, _Crops] = {}
+    for (settings, _), entries in groupby(_crop_entries(store), key=lambda one: one[:2]):
+        of_hash = found.setdefault(settings, _Crops())
+        ids = set()
+        for _, _, video, entry in entries:
+            ids.add(video)
+            of_hash.objects += 1
+            of_hash.bytes += entry.size
+            if entry.size <= _RECORD_ONLY_BYTES:
+                of_hash.small.append(entry.key)
+        of_hash.videos += len(ids)
+    return {settings: of_hash.to_dict(store) for settings, of_hash in sorted(found.items())}
+
+
+def _crop_entries(store: Store) -> Iterator[tuple[str, str, str, Entry]]:
+    """(settings, folder, video id, entry) of each crop; a listing yields the objects of a folder one after the other."""
     for entry in store.list("crops/"):
         if match := _CROP_KEY.match(entry.key):
-            found.setdefault(match.group(1), []).append((match.group(2), entry))
-    return {
-        settings: {
-            "objects": len(of_hash),
-            "videos": len({video for video, _ in of_hash}),
-            "bytes": sum(entry.size for _, entry in of_hash),
-            "quarantined": _reasons(store, [e.key for _, e in of_hash if e.size <= _RECORD_ONLY_BYTES]),
-        }
-        for settings, of_hash in sorted(found.items())
-    }
+            yield match.group(1), match.group(2)[:2], match.group(2), entry
+
+
+@dataclass(slots=True)
+class _Crops:
+    """What was counted of one crop hash."""
+
+    objects: int = 0
+    videos: int = 0
+    bytes: int = 0
+    small: list[str] = field(default_factory=list)
+    """Keys of objects that can only hold a record."""
+
+    def to_dict(self, store: Store) -> dict[str, Any]:
+        counts = {"objects": self.objects, "videos": self.videos, "bytes": self.bytes}
+        return {**counts, "quarantined": _reasons(store, self.small)}
 
 
 def _reasons(store: Store, keys: Sequence[str]) -> dict[str, int]:

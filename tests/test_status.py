@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.contract import MicaclError
+from pipeline.contract import MicaclError, Video
 from pipeline.dataset import version_key
 from pipeline.forget import forget
 from pipeline.status import UNREADABLE_RECORD, dataset_status
 from pipeline.storage import LocalStore
 from pipeline.storage_s3 import _s3_client
+from pipeline.worklist import write_worklist
 from tests.tiny_dataset import CROP, make_dataset
 
 COUNTS = {"train": {"happy": 4, "sad": 2}, "test": {"happy": 2}}
@@ -109,3 +110,13 @@ def s3_without_buckets(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def test_a_missing_bucket_is_refused_in_words() -> None:
     with pytest.raises(MicaclError, match=r"NoSuchBucket.*Create the bucket"):
         dataset_status("s3://nowhere/ds")
+
+
+def test_what_is_left_of_a_run_is_counted_from_storage(store: LocalStore) -> None:
+    store.delete(version_key(1))
+    there = [Video(url="/x", name=f"train/happy/{i:04d}.mp4", fingerprint="1") for i in range(4)]
+    left = [Video(url="/x", name=f"new/{i}.mp4", fingerprint="1") for i in range(3)]
+    write_worklist(store, sorted([*there, *left], key=lambda v: v.id), listed=12, crop=CROP.hash)
+    status = dataset_status(store.root)
+    assert status["run"] == {"listed": 12, "done": 9, "left": 3}
+    assert "9 are cropped, 3 are left" in status["says"]
