@@ -89,7 +89,7 @@ def check_run(
     dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None
 ) -> TrainData:
     """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
-    data = train_data(open_dataset(dataset_url, version), config)
+    data = train_data(open_dataset(dataset_url, version, config.train.fold), config)
     if config.plan.global_batch % scaling.workers:
         raise MicaclError(
             f"--plan.global-batch {config.plan.global_batch} is no multiple of --scaling.workers {scaling.workers}.",
@@ -198,7 +198,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     scaling: ScalingConfig = from_dict(ScalingConfig, job["scaling"])
     torch.set_num_threads(scaling.cpus_per_worker)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    data = train_data(open_dataset(job["dataset"], job["version"]), config)
+    data = train_data(open_dataset(job["dataset"], job["version"], config.train.fold), config)
     engine = _engine(config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
     start = _resume(engine, data, job["run"])

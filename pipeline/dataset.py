@@ -79,6 +79,8 @@ class Dataset:
     sha256: str
     index: pa.Table
     """INDEX_SCHEMA, ordered by shard then offset: the row number is the bag's number everywhere."""
+    fold: int | None = None
+    """The fold that is seen as `test`, if one was chosen."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ class Dataset:
             raise MicaclError(
                 f"{self.store.root} version {self.number} is in folds.",
                 f"Without a fold it has no split {name!r}.",
-                "Choose the test fold with --fold (1, 2, ...).",
+                "Choose the test fold (1, 2, ...): `micacl train` with --train.fold, `micacl evaluate` with --fold.",
             )
         if not rows.num_rows:
             raise MicaclError(
@@ -154,7 +156,9 @@ def open_dataset(url: str, version: int | None = None, fold: int | None = None) 
         tables = list(pool.map(load, body["shards"]))
     index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     index = index.combine_chunks()
-    return Dataset(store, number, body, sha256, index if fold is None else _fold_as_split(index, fold, store.root))
+    return Dataset(
+        store, number, body, sha256, index if fold is None else _fold_as_split(index, fold, store.root), fold
+    )
 
 
 def _fold_as_split(index: pa.Table, fold: int, where: str) -> pa.Table:

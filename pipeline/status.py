@@ -107,7 +107,7 @@ def _crops(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def _crop_entries(store: Store) -> Iterator[tuple[str, str, str, Entry]]:
-    """(settings, folder, video id, entry) of each crop; a listing yields the objects of a folder one after the other."""
+    """(settings, folder, video id, entry) of each crop. A listing yields the objects of a folder together."""
     for entry in store.list("crops/"):
         if match := _CROP_KEY.match(entry.key):
             yield match.group(1), match.group(2)[:2], match.group(2), entry
