@@ -41,7 +41,7 @@ def test_a_subject_is_gone_and_the_rest_is_as_before(store: LocalStore) -> None:
     after = open_dataset(store.root)
     assert result["videos"] == ["train/happy/0002.mp4", "train/happy/0003.mp4"]
     assert (result["version"], result["committed"], result["bags"]) == (2, True, 2)
-    assert "prepare" in result["remedy"]
+    assert "prepare" in result["text"]
     assert set(before.index["video"].to_pylist()) - videos_in(store) == set(result["videos"])
     assert after.body["counts"]["train"] == {"happy": 4, "sad": 3}
     assert (after.body["videos"]["written"], after.body["videos"]["forgotten"]) == (11, 2)
