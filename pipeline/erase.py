@@ -49,7 +49,7 @@ def read_who(store: Store) -> dict[str, pa.Table]:
 
 
 def read_rows(store: Store, key: str) -> pa.Table:
-    """An index file or list of any release with the columns of the index, null where it lacks one. Raises MicaclError."""
+    """An index file or list of any release with the columns of the index (null: not there). Raises MicaclError."""
     try:
         found = _table(store.get(key), key)
         if found.num_rows:
