@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.bags import Bag
-from pipeline.contract import MicaclError, Video, digest
+from pipeline.contract import MicaclError, Video, digest, part_name
 from pipeline.crop import bag_stub
 from pipeline.dataset import (
     INDEX_SCHEMA,
@@ -93,25 +93,25 @@ def forget(
         dry_run: look everything up, write and delete nothing.
         runs: URLs below which runs, bundles and evaluations that held them are looked for.
 
-    Returns {"dataset", "version", "committed", "dry_run", "videos", "bags", "quarantined", "ahead",
-    "shards_rewritten", "deleted", "models", "remains" (a checklist of {"what", "where", "do"}), "text"}.
+    Returns {"dataset", "version", "committed", "dry_run", "videos", "bags", "quarantined", "ahead", "shards_rewritten",
+    "deleted", "held" (by version, before: {"version", "sha256", "parts", "bags"}), "models" (from `trained_on`),
+    "remains" (a checklist of {"what", "where", "do"}), "text"}.
     Raises MicaclError for a name that is not there, if somebody else commits at the same time, or if what an object
     holds cannot be told; then nothing was committed or deleted.
     """
     _require_some(subjects, videos)
     dataset = open_dataset(url)
     store = dataset.store
-    pending = _finish_stopped(dataset, dry_run=dry_run)
+    keys = _finish_stopped(dataset, dry_run=dry_run)
     found = _look_up(dataset, subjects, videos, ahead=ahead, runs=runs)
-    keys = [*pending, *(holders(store, found.who, found.videos) if delete else [])]
+    more = holders(store, found.who, found.videos) if delete else []
     here = dataset.index.filter(holding(dataset.index, found.videos))
     number, new = dataset.number, False
     if not dry_run:
-        stones = tombstones(subjects, [*videos, *found.videos])
-        body = _body_without(dataset, here, found.videos, stones)
+        body = _body_without(dataset, here, found.videos, tombstones(subjects, [*videos, *found.videos]))
         number, new = commit(store, body, parent=dataset.number)
-        keys = [key for key in keys if key not in listed_keys(body)]
-        erase(store, [key for key in keys if key not in pending])
+        more = [key for key in more if key not in listed_keys(body)]
+        erase(store, more)
     done = Outcome(
         dataset=store.root,
         version=number,
@@ -121,27 +121,21 @@ def forget(
         ahead=found.ahead,
         bags=here.num_rows,
         quarantined=_quarantined(dataset, found),
-        deleted=tuple(dict.fromkeys(keys)),
-        holding=tuple(one.number for one in found.held if one.rows.num_rows and one.number != number),
+        deleted=tuple(dict.fromkeys([*keys, *more])),
+        held=tuple(one.number for one in found.held if one.rows.num_rows),
         broken=tuple(one.number for one in found.held if one.lost),
         models=found.models,
         unattributed=_unattributed(store, found.who),
-        nameless=sum(rows["subject"].null_count for key, rows in _lists(found.who)) if subjects else 0,
+        nameless=sum(rows["subject"].null_count for rows in _lists(found.who)) if subjects else 0,
         temporaries=_temporaries(store),
         still=tuple(holders(store, read_who(store), found.videos)) if delete and not dry_run else (),
     )
     return {
-        "dataset": done.dataset,
-        "version": number,
+        **{name: getattr(done, name) for name in ("dataset", "version", "dry_run", "bags", "quarantined", "models")},
+        **{name: list(getattr(done, name)) for name in ("videos", "ahead", "deleted")},
         "committed": new,
-        "dry_run": dry_run,
-        "videos": list(done.videos),
-        "bags": done.bags,
-        "quarantined": done.quarantined,
-        "ahead": list(done.ahead),
         "shards_rewritten": len(set(here["shard"].to_pylist())),
-        "deleted": list(done.deleted),
-        "models": done.models,
+        "held": [_said_of(one) for one in found.held if one.rows.num_rows],
         "remains": checklist(done),
         "text": to_text(done),
     }
@@ -347,8 +341,15 @@ def _quarantined(dataset: Dataset, found: _Found) -> int:
     return 0 if rows is None else len(_among(rows, found.videos))
 
 
-def _lists(who: Rows) -> Iterable[tuple[str, pa.Table]]:
-    return [(key, rows) for key, rows in who.items() if not key.startswith("index/")]
+def _said_of(held: Held) -> dict[str, Any]:
+    """A version that held them: who finds a model later can tell by it whether that was trained on them."""
+    seen = zip(held.rows["split"].to_pylist(), held.rows["fold"].to_pylist(), strict=True)
+    parts = sorted({part_name(split, fold) for split, fold in seen})
+    return {"version": held.number, "sha256": held.sha256, "parts": parts, "bags": held.rows.num_rows}
+
+
+def _lists(who: Rows) -> Iterable[pa.Table]:
+    return [rows for key, rows in who.items() if not key.startswith("index/")]
 
 
 def _unattributed(store: Store, who: Rows) -> int:

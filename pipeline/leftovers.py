@@ -24,8 +24,8 @@ class Outcome:
     quarantined: int
     """Videos that were taken out of the quarantine list."""
     deleted: tuple[str, ...]
-    holding: tuple[int, ...]
-    """Older versions that list objects which hold one of the videos."""
+    held: tuple[int, ...]
+    """Versions that held bags of them, the one before the commit too."""
     broken: tuple[int, ...]
     """Older versions that list an index file which is gone."""
     models: dict[str, Any] | None
@@ -69,13 +69,13 @@ def _of_storage(done: Outcome) -> Iterator[tuple[str, str, str]]:
     named = [*done.videos, *done.ahead]
     do = "Delete them there too: `micacl prepare` leaves them out from now on, other readers of that bucket do not."
     yield "the raw videos", f"every raw bucket and table; {_some(named)}", do
-    if done.holding and (done.dry_run or not done.delete):
+    deleted = done.delete and not done.dry_run
+    if done.held and not deleted:
         do = "They list shards, crops and lists that hold them: run with --delete True to remove the bytes."
-        yield "older versions", f"{done.dataset}, {_numbers(done.holding)}", do
-    gone = done.broken if done.dry_run or not done.delete else sorted({*done.broken, *done.holding} - {done.version})
-    if gone:
+        yield "versions", f"{done.dataset}, {_numbers(done.held)}", do
+    if gone := sorted({*done.broken, *(done.held if deleted else ())}):
         do = "They list objects that are gone and cannot be read whole any more; nothing is to be done."
-        yield "older versions without their objects", f"{done.dataset}, {_numbers(gone)}", do
+        yield "versions without their objects", f"{done.dataset}, {_numbers(gone)}", do
     if done.unattributed:
         do = "Of runs that were stopped. Whose they are is not known: finish that `micacl prepare`, or delete crops/."
         yield f"{done.unattributed} crops of videos that no version names", f"{done.dataset}/crops", do
@@ -89,8 +89,9 @@ def _of_storage(done: Outcome) -> Iterator[tuple[str, str, str]]:
 
 def _of_models(done: Outcome) -> Iterator[tuple[str, str, str]]:
     if done.models is None:
-        do = "Not looked for: give the URLs where they lie with --runs (with --dry-run True it changes nothing)."
-        yield "runs and bundles that were trained on them", "unknown", do
+        do = "Not looked for: give the URLs where they lie with --runs; before a --delete, which takes the evidence."
+        which = f"those that name {_numbers(done.held)} of this dataset" if done.held else "of versions that are gone"
+        yield "runs and bundles that were trained on them", which, do
         return
     for model in done.models["models"]:
         yield _was(model), model["url"], _remedy(model["kind"])

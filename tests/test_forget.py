@@ -471,16 +471,16 @@ def test_the_checklist_says_what_is_left(rich: LocalStore) -> None:
     put_crop(rich, Video(url="", name="never packed.mp4", fingerprint="1"), [])
     Path(rich.root, "crops/.tmp-1").write_bytes(b"half")
     plain = what_remains(forget(rich.root, subjects=["s1"]))
-    assert plain["older versions"].endswith("versions 1, 2")
+    assert plain["versions"].endswith("versions 1, 2")
     assert "train/happy/0002.mp4" in plain["the raw videos"]
     assert "1 crops of videos that no version names" in plain
     assert "1 files .tmp-*" in plain
     assert any("that say no subject" in what for what in plain)
-    assert plain["runs and bundles that were trained on them"] == "unknown"
+    assert plain["runs and bundles that were trained on them"] == "those that name versions 1, 2 of this dataset"
     result = forget(rich.root, subjects=["s1"], delete=True)
     after = what_remains(result)
-    assert "older versions" not in after
-    assert after["older versions without their objects"].endswith("versions 1, 2")
+    assert "versions" not in after
+    assert after["versions without their objects"].endswith("versions 1, 2")
     for item in result["remains"]:
         assert f"[ ] {item['what']}: {item['where']}" in result["text"]
         assert item["do"] in result["text"]
