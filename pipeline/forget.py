@@ -10,8 +10,7 @@ known is looked up before anything is written, and a command that was stopped is
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -20,19 +19,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.bags import Bag
-from pipeline.contract import MicaclError, Video, digest, part_name
-from pipeline.crop import bag_stub
-from pipeline.dataset import (
-    INDEX_SCHEMA,
-    Dataset,
-    bag_counts,
-    commit,
-    get_checked,
-    open_dataset,
-    read_index,
-    write_index,
-)
+from pipeline.contract import MicaclError, Video, part_name
+from pipeline.dataset import INDEX_SCHEMA, Dataset, commit, open_dataset
 from pipeline.erase import (
     BY_VIDEO,
     Rows,
@@ -41,20 +29,16 @@ from pipeline.erase import (
     holders,
     holding,
     listed_keys,
-    lists_without,
     pending_erasures,
     read_rows,
     read_who,
     video_id_of,
 )
 from pipeline.leftovers import Outcome, checklist, to_text
-from pipeline.pack import Member, ShardPlan
-from pipeline.shards import read_bag, write_shard
+from pipeline.rewrite import body_without, old_body
 from pipeline.storage import LocalStore, Store
 from pipeline.tombstones import forgotten_of, tombstone, tombstones
 from pipeline.trained_on import Held, held_by_versions, trained_on
-
-_FROM_BODY = ("version", "parent")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +92,7 @@ def forget(
     here = dataset.index.filter(holding(dataset.index, found.videos))
     number, new = dataset.number, False
     if not dry_run:
-        body = _body_without(dataset, here, found.videos, tombstones(subjects, [*videos, *found.videos]))
+        body = body_without(dataset, here, found.videos, tombstones(subjects, [*videos, *found.videos]))
         number, new = commit(store, body, parent=dataset.number)
         more = [key for key in more if key not in listed_keys(body)]
         erase(store, more)
@@ -164,7 +148,7 @@ def lift(url: str, subjects: Sequence[str] = (), videos: Sequence[str] = ()) -> 
                 )
     lifted = forgotten & tombstones(subjects, [*videos, *_videos_of(read_who(dataset.store), subjects)])
     left = sorted(forgotten - lifted)
-    number, new = commit(dataset.store, {**_old(dataset), "forgotten": left}, parent=dataset.number)
+    number, new = commit(dataset.store, {**old_body(dataset), "forgotten": left}, parent=dataset.number)
     text = (
         f"Version {number} does not keep them out any more ({len(lifted)} digests lifted, {len(left)} left). The next "
         "`micacl prepare` takes their raw videos again; one that it still counts as forgotten is lifted with --video."
@@ -243,96 +227,6 @@ def _unknown(store: Store, kind: str, name: str, known: Collection[str]) -> Mica
         "Nothing was forgotten, nor were the other names that were given.",
         f"{mean} --ahead True forgets a name that was not prepared yet.",
     )
-
-
-def _old(dataset: Dataset) -> dict[str, Any]:
-    return {k: v for k, v in dataset.body.items() if k not in _FROM_BODY}
-
-
-def _body_without(dataset: Dataset, here: pa.Table, videos: Collection[str], stones: Collection[str]) -> dict[str, Any]:
-    """The body of the version without the bags `here` and without rows of `videos`; what it lists is written.
-
-    Equal to the newest one if nothing is to be taken out.
-    """
-    old, store = _old(dataset), dataset.store
-    keys, affected = set(here["key"].to_pylist()), set(here["shard"].to_pylist())
-    shards: list[dict[str, Any]] = []
-    for shard in old["shards"]:
-        if shard["path"] not in affected:
-            shards.append(shard)
-            continue
-        rows = read_index(get_checked(store, shard["index"]["path"], shard["index"]["sha256"])).to_pylist()
-        if kept := [row for row in rows if row["key"] not in keys]:
-            shards.append(_rewrite(store, shard, kept))
-    reasons: Counter[str] = Counter()
-    rest = {k: v if k == "shards" else lists_without(store, v, videos, reasons) for k, v in old.items()}
-    forgotten = sorted({*forgotten_of(old), *stones})
-    body = {
-        **rest,
-        "shards": sorted(shards, key=lambda s: str(s["path"])),
-        "counts": bag_counts(shards),
-        "videos": _video_counts(old["videos"], dataset.index, keys, reasons.total()),
-        **({"forgotten": forgotten} if forgotten else {}),
-    }
-    if reasons:
-        body["quarantined"] = {k: n - reasons[k] for k, n in old["quarantined"].items() if n > reasons[k]}
-    return body
-
-
-def _rewrite(store: Store, shard: Mapping[str, Any], kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write the shard of the kept rows and its index file; returns its entry in the version."""
-    data = store.get(shard["path"])
-    bags = [_checked_bag(data, row, store.url(shard["path"])) for row in kept]
-    plan = ShardPlan(
-        split=shard["split"],
-        fold=shard.get("fold"),
-        label=shard["label"],
-        members=tuple(_member(bag) for bag in bags),
-    )
-    tar, spans = write_shard(bags)
-    rows = {row["key"]: row for row in kept}
-    index = write_index(
-        [{**rows[s.key], "shard": plan.path, "offset": s.offset, "size": s.size, "sha256": s.sha256} for s in spans]
-    )
-    store.put(plan.path, tar)
-    store.put(plan.index_path, index)
-    return {
-        **shard,
-        "path": plan.path,
-        "bags": len(bags),
-        "bytes": len(tar),
-        "index": {"path": plan.index_path, "sha256": digest(index)},
-    }
-
-
-def _checked_bag(data: bytes, row: Mapping[str, Any], url: str) -> Bag:
-    span = data[row["offset"] : row["offset"] + row["size"]]
-    if digest(span) != row["sha256"]:
-        raise MicaclError(
-            f"{url} bag {row['key']} has another sha256 than the index says.",
-            "Nothing was forgotten: a damaged bag is not copied.",
-            "`micacl verify URL` names all damage; `micacl prepare` makes a deleted shard anew from the crops.",
-        )
-    return read_bag(span, url)
-
-
-def _member(bag: Bag) -> Member:
-    """As the planner of shards sees a bag, so that the shard has the name that `prepare` would give it."""
-    stub = bag_stub(bag)
-    return Member(
-        key=stub.key, sha256=stub.sha256, size=stub.size, crop="", subject=bag.meta.subject, scene=bag.meta.scene
-    )
-
-
-def _video_counts(old: Mapping[str, int], index: pa.Table, keys: set[str], quarantined: int) -> dict[str, int]:
-    """`listed` stays the sum of written, quarantined and forgotten."""
-    held = pc.is_in(index["key"], pa.array(sorted(keys), pa.string()))
-    kept = set(index.filter(pc.invert(held))["video"].to_pylist())
-    gone = len(set(index.filter(held)["video"].to_pylist()) - kept) + quarantined
-    if not gone:
-        return dict(old)
-    counts = {"written": len(kept), "quarantined": old["quarantined"] - quarantined}
-    return {**old, **counts, "forgotten": old.get("forgotten", 0) + gone}
 
 
 def _quarantined(dataset: Dataset, found: _Found) -> int:

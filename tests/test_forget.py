@@ -15,6 +15,7 @@ import pytest
 
 import pipeline.dataset as dataset_module
 import pipeline.forget as forget_module
+import pipeline.rewrite as rewrite_module
 from pipeline.bags import Bag
 from pipeline.contract import MicaclError, Video, digest
 from pipeline.dataset import commit, open_dataset
@@ -24,6 +25,7 @@ from pipeline.shards import read_bags, write_shard
 from pipeline.storage import LocalStore, Store, open_store
 from pipeline.tombstones import forgotten_of, is_forgotten, newest_forgotten, tombstone
 from pipeline.verify import verify_dataset
+from tests.cli import micacl
 from tests.tiny_dataset import label_set, make_dataset, put_crop, tiny_bag
 
 COUNTS = {"train": {"happy": 6, "sad": 3}, "test": {"happy": 2, "sad": 2}}
@@ -134,14 +136,14 @@ def test_a_damaged_bag_is_not_copied(store: LocalStore) -> None:
 
 
 def test_a_commit_meanwhile_is_not_undone(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = forget_module._rewrite
+    real = rewrite_module._rewrite
 
     def slow(store: LocalStore, *rest: object) -> dict[str, object]:
         body = {k: v for k, v in open_dataset(store.root).body.items() if k not in ("version", "parent")}
         commit(store, {**body, "note": "somebody else"})
         return real(store, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(forget_module, "_rewrite", slow)
+    monkeypatch.setattr(rewrite_module, "_rewrite", slow)
     with pytest.raises(MicaclError, match="Somebody else committed"):
         forget(store.root, videos=["train/happy/0001.mp4"])
     assert open_dataset(store.root).body["note"] == "somebody else"
@@ -527,3 +529,19 @@ def test_on_a_real_object_store(s3: Callable[[str], str]) -> None:
     assert verify_dataset(url)["ok"]
     assert not list(store.list(INTENTS))
     assert any("lifecycle" in item["do"] for item in result["remains"])
+
+
+def test_the_command_takes_names_in_both_ways_and_speaks_to_a_person(rich: LocalStore) -> None:
+    names = ("--subject", "s0", "--subject", "s1", "s2")
+    told = micacl("forget", rich.root, *names, "--dry-run", "True", module="pipeline")
+    assert (told.code, told.result["bags"], told.result["committed"]) == (0, 6, False)
+    assert "Nothing was written" in told.stderr
+    done = micacl("forget", rich.root, *names, "--delete", "True", module="pipeline")
+    assert (done.code, done.result["bags"], done.result["version"]) == (0, 6, 3)
+    assert "[ ] the raw videos" in done.stderr
+    assert done.result["remains"]
+    back = micacl("forget", rich.root, "--subject", "s0", "--lift", "True", module="pipeline")
+    assert (back.code, back.result["version"], len(back.result["lifted"])) == (0, 4, 1)
+    both = micacl("forget", rich.root, "--subject", "s1", "--lift", "True", "--delete", "True", module="pipeline")
+    assert both.code == 2
+    assert "--lift True stands with" in both.result["error"]["cause"]
