@@ -17,6 +17,7 @@ import pipeline.dataset as dataset_module
 import pipeline.forget as forget_module
 import pipeline.rewrite as rewrite_module
 from pipeline.bags import Bag
+from pipeline.cli import VERBS, run
 from pipeline.contract import MicaclError, Video, digest
 from pipeline.dataset import commit, open_dataset
 from pipeline.erase import INTENTS, erase, pending_erasures, read_who
@@ -25,7 +26,6 @@ from pipeline.shards import read_bags, write_shard
 from pipeline.storage import LocalStore, Store, open_store
 from pipeline.tombstones import forgotten_of, is_forgotten, newest_forgotten, tombstone
 from pipeline.verify import verify_dataset
-from tests.cli import micacl
 from tests.tiny_dataset import label_set, make_dataset, put_crop, tiny_bag
 
 COUNTS = {"train": {"happy": 6, "sad": 3}, "test": {"happy": 2, "sad": 2}}
@@ -531,17 +531,25 @@ def test_on_a_real_object_store(s3: Callable[[str], str]) -> None:
     assert any("lifecycle" in item["do"] for item in result["remains"])
 
 
-def test_the_command_takes_names_in_both_ways_and_speaks_to_a_person(rich: LocalStore) -> None:
+def test_the_command_takes_names_in_both_ways_and_speaks_to_a_person(
+    rich: LocalStore, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def command(*flags: str) -> tuple[int, dict[str, Any], str]:
+        code = run(VERBS, "micacl", ["forget", rich.root, *flags])
+        out = capsys.readouterr()
+        return code, json.loads(out.out.splitlines()[-1]), out.err
+
     names = ("--subject", "s0", "--subject", "s1", "s2")
-    told = micacl("forget", rich.root, *names, "--dry-run", "True", module="pipeline")
-    assert (told.code, told.result["bags"], told.result["committed"]) == (0, 6, False)
-    assert "Nothing was written" in told.stderr
-    done = micacl("forget", rich.root, *names, "--delete", "True", module="pipeline")
-    assert (done.code, done.result["bags"], done.result["version"]) == (0, 6, 3)
-    assert "[ ] the raw videos" in done.stderr
-    assert done.result["remains"]
-    back = micacl("forget", rich.root, "--subject", "s0", "--lift", "True", module="pipeline")
-    assert (back.code, back.result["version"], len(back.result["lifted"])) == (0, 4, 1)
-    both = micacl("forget", rich.root, "--subject", "s1", "--lift", "True", "--delete", "True", module="pipeline")
-    assert both.code == 2
-    assert "--lift True stands with" in both.result["error"]["cause"]
+    code, told, words = command(*names, "--dry-run", "True")
+    assert (code, told["bags"], told["committed"]) == (0, 6, False)
+    assert "Nothing was written" in words
+    code, done, words = command(*names, "--delete", "True")
+    assert (code, done["bags"], done["version"]) == (0, 6, 3)
+    assert "[ ] the raw videos" in words
+    assert done["remains"]
+    assert "text" not in done
+    code, back, _ = command("--subject", "s0", "--lift", "True")
+    assert (code, back["version"], len(back["lifted"])) == (0, 4, 1)
+    code, both, _ = command("--subject", "s1", "--lift", "True", "--delete", "True")
+    assert code == 2
+    assert "--lift True stands with" in both["error"]["cause"]
