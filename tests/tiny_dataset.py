@@ -36,6 +36,7 @@ def make_dataset(
     max_bags: int = 256,
     prefix: str = "",
     quarantined: Mapping[str, tuple[str, str]] | None = None,
+    quarantined_subjects: Mapping[str, str] | None = None,
     crop: CropConfig = CROP,
 ) -> str:
     """Write and commit a dataset. Returns its URL.
@@ -46,6 +47,7 @@ def make_dataset(
         max_bags: per shard.
         prefix: of every video's name; the rest of it is `<split>/<label>/<number>.mp4`.
         quarantined: reason and detail by video name.
+        quarantined_subjects: who is seen, by the name of a quarantined video; others have none.
     """
     store = open_store(str(folder))
     labels = label_set(counts)
@@ -55,7 +57,11 @@ def make_dataset(
     ]
     lost = [quarantine_crop(store, name, *why, crop) for name, why in sorted((quarantined or {}).items())]
     shards = [pack_shard(plan, store)[0] for plan in plan_shards(records, PackConfig(max_bags=max_bags))]
-    lines = [canonical_json({"video": r.video, "reason": r.reason, "detail": r.detail}) + "\n" for r in lost]
+    seen = quarantined_subjects or {}
+    lines = [
+        canonical_json({"video": r.video, "reason": r.reason, "detail": r.detail, "subject": seen.get(r.video)}) + "\n"
+        for r in lost
+    ]
     data = "".join(lines).encode()
     store.put(path := f"quarantine/{digest(data)[:32]}.jsonl", data)
     body = version_body(
