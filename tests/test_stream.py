@@ -14,12 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.bags import Bag, decode_jpeg
+from pipeline.bags import Bag
+from pipeline.codec import decode_jpeg
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.plan import Draw
+from pipeline.samplers import pick_frames
 from pipeline.storage import LocalStore, open_store
-from pipeline.stream import BagStream, ShardCache, StreamConfig, decode_bag, label_numbers, pick_frames, shard_numbers
+from pipeline.stream import BagStream, ShardCache, StreamConfig, decode_bag, label_numbers, shard_numbers
 from tests.tiny_dataset import FRAMES, INSTANCES, SIZE, make_dataset
 
 COUNTS = {"train": {"sad": 6, "happy": 9, "neutral": 1}, "test": {"unlabelled": 3}}
@@ -89,7 +91,7 @@ def test_a_clip_is_what_its_bag_holds(dataset: Dataset) -> None:
     assert clip.frames_NTHWC.dtype == np.uint8
     bag = stream.bag(5)
     assert bag.meta.key == clip.key == dataset.split("train")["key"][5].as_py()
-    for i, instance in enumerate(bag.jpegs):
+    for i, instance in enumerate(bag.encoded):
         for f, jpeg in enumerate(instance):
             assert np.array_equal(clip.frames_NTHWC[i, f], decode_jpeg(jpeg))
 
@@ -299,10 +301,10 @@ def test_every_stored_frame_is_used_in_training() -> None:
 def test_only_the_frames_that_are_used_are_decoded(dataset: Dataset) -> None:
     bag = stream_of(dataset).bag(0)
     used = pick_frames(FRAMES, 1, None)[0]
-    broken = Bag(bag.meta, tuple(tuple(j if i == used else b"" for i, j in enumerate(run)) for run in bag.jpegs))
-    assert decode_bag(broken, 1, None).shape == (INSTANCES, 1, SIZE, SIZE, 3)
+    broken = Bag(bag.meta, tuple(tuple(j if i == used else b"" for i, j in enumerate(run)) for run in bag.encoded))
+    assert decode_bag(broken, StreamConfig(frames=1), None).shape == (INSTANCES, 1, SIZE, SIZE, 3)
     with pytest.raises(MicaclError, match=bag.meta.key):
-        decode_bag(broken, FRAMES, None)
+        decode_bag(broken, StreamConfig(frames=FRAMES), None)
 
 
 # Numbers for the plan.
