@@ -101,7 +101,8 @@ def find_fault(members: Sequence[bytes], meta: BagMeta, instance: int) -> str:
 
 def encode_jpeg(rgb_HWC: RGB, quality: int) -> bytes:
     """4:2:0 baseline JPEG. cv2 encodes it better than simplejpeg at the same size (docs/decisions)."""
-    done, data = cv2.imencode(".jpg", rgb_HWC[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
+    bgr_HWC = cv2.cvtColor(rgb_HWC, cv2.COLOR_RGB2BGR)  # half the time of handing over a reversed view
+    done, data = cv2.imencode(".jpg", bgr_HWC, [cv2.IMWRITE_JPEG_QUALITY, quality])
     assert done, "encoding a uint8 image in memory cannot fail"
     return data.tobytes()
 
