@@ -42,7 +42,7 @@ def videos_in(store: LocalStore, version: int | None = None) -> set[str]:
 
 def holders(store: LocalStore, video: str) -> list[str]:
     """Every object in which the bytes of a video's name or frames can be found."""
-    frame = tiny_bag(Video(url="", name=video, label="happy"), label_set(COUNTS), 0).jpegs[0][0]
+    frame = tiny_bag(Video(url="", name=video, label="happy"), label_set(COUNTS), 0).encoded[0][0]
     return [e.key for e in store.list() if frame in (data := store.get(e.key)) or video.encode() in data]
 
 
