@@ -161,10 +161,14 @@ class LocalStore(Store):
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """As Store says. The names of one folder at a time are in memory; ours have 256 sub-folders (2 hex digits)."""
+        """As Store says. Links are followed, folders that cannot be read are an OSError.
+
+        The names of one folder at a time are in memory: crops lie in 256 folders for that.
+        """
         root = self._path("")
         folder = self._path(prefix) if prefix.endswith("/") or not prefix else self._path(prefix).parent
-        for parent, _, names in os.walk(folder):
+        for parent, folders, names in os.walk(folder, onerror=_unless_gone, followlinks=True):
+            folders[:] = [name for name in folders if not _leads_back(Path(parent, name))]
             for name in names:
                 path = Path(parent, name)
                 key = self._key(path.relative_to(root).as_posix())
@@ -211,6 +215,16 @@ def find_path(path: Path) -> Path:
     return found
 
 
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
+
+
 def _leaves(key: str, root: str) -> MicaclError:
     return MicaclError(
         f"The key {key!r} leaves {root}.", "It was not opened.", "Whatever lists it was changed by hand."
@@ -225,7 +239,7 @@ def _local_entry(key: str, path: Path) -> Entry:
 class FsspecStore(Store):
     """Anything else that fsspec opens (gs://, az://, memory://, ...). Its client library must be installed.
 
-    Retries and time-outs are the client's own. A listing is in memory as a whole.
+    Retries and time-outs are the client's own.
     """
 
     @contextlib.contextmanager
@@ -236,7 +250,9 @@ class FsspecStore(Store):
         import fsspec
 
         try:
-            yield fsspec.core.url_to_fs(self.url(key))
+            fs, path = fsspec.core.url_to_fs(self.url(key))
+            fs.invalidate_cache()  # clients keep listings, and would not see what others write
+            yield fs, path
         except (MicaclError, FileNotFoundError):
             raise
         except Exception as error:
@@ -272,16 +288,18 @@ class FsspecStore(Store):
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        folder = prefix.rpartition("/")[0]
-        with self._open("") as (fs, root):
-            try:
-                found = fs.find(f"{root}/{folder}" if folder else root, detail=True)
-            except FileNotFoundError:
-                return
-            for path, info in found.items():
-                key = path.removeprefix(root).lstrip("/")
-                if key.startswith(prefix):
-                    yield _fsspec_entry(key, info)
+        """As Store says, folder by folder: fsspec's own `find` passes over folders that it could not read."""
+        with self._open("") as (fs, root), self._open(prefix.rpartition("/")[0]) as (_, top):
+            folders = [top]
+            while folders:
+                at = folders.pop()
+                with contextlib.suppress(FileNotFoundError):  # deleted since its parent was read
+                    for info in fs.ls(at, detail=True):
+                        key = info["name"].removeprefix(root).strip("/")
+                        if info["type"] == "directory" and info["name"].rstrip("/") != at.rstrip("/"):
+                            folders.append(info["name"])
+                        elif info["type"] == "file" and key.startswith(prefix):
+                            yield _fsspec_entry(key, info)
 
     def stat(self, key: str) -> Entry | None:
         try:

@@ -268,7 +268,7 @@ class S3Store(Store):
             Prefix=self.prefix + prefix,
             MaxKeys=self.config.page_keys,
         )
-        page = self._call(prefix, fetch)
+        page, token = self._call(prefix, fetch), ""
         while True:
             for item in page.get("Contents", []):
                 key = item["Key"].removeprefix(self.prefix)
@@ -276,8 +276,8 @@ class S3Store(Store):
                     yield _s3_entry(key, item["Size"], item["ETag"])
             if not page.get("IsTruncated"):
                 return
-            token = page.get("NextContinuationToken", "")
-            if token in ("", page.get("ContinuationToken")):
+            last, token = token, page.get("NextContinuationToken", "")
+            if token in ("", last):
                 raise MicaclError(
                     f"{self.url(prefix)}: a page of the listing says that there are more keys, but not where.",
                     "The listing is not whole, so it was not used.",

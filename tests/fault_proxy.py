@@ -96,15 +96,8 @@ class FaultProxy:
 
     def __init__(self, upstream: int) -> None:
         self.upstream = upstream
-        self.on_fault: Callable[[Fault], None] = lambda _: None
-        self.alter: Callable[[Request, bytes], bytes] = lambda _, body: body
-        """What becomes of an answer's body."""
-        self.pause_s = 0.01
-        """Of each small stall."""
-        self.injected: Counter[str] = Counter()
-        self.requests: list[Request] = []
-        self._faults: list[Fault] = []
         self._lock = threading.Lock()
+        self.calm()
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
@@ -117,11 +110,21 @@ class FaultProxy:
         self._server.shutdown()
         self._server.server_close()
 
+    def calm(self) -> None:
+        """As it is at first: no faults."""
+        self.on_fault: Callable[[Fault], None] = lambda _: None
+        self.alter: Callable[[Request, bytes], bytes] = lambda _, body: body
+        """What becomes of an answer's body."""
+        self.pause_s = 0.01
+        """Of each small stall."""
+        self.plan()
+
     def plan(self, *faults: Fault) -> None:
         """Forget the old plan and what was counted, and count requests from here."""
         with self._lock:
             self._faults = sorted(faults, key=lambda fault: fault.after)
-            self.injected, self.requests = Counter(), []
+            self.injected: Counter[str] = Counter()
+            self.requests: list[Request] = []
 
     def asked(self, method: str) -> list[Request]:
         """Requests of this method."""
