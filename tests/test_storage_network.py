@@ -280,12 +280,12 @@ def test_a_listing_is_fetched_page_by_page(proxy: FaultProxy, store: S3Store) ->
 
 
 @pytest.mark.parametrize("kind", ["503", "reset", "cut_down", "reset_down", "stall", "slow_down"])
-@pytest.mark.parametrize("page", [0, 1, 2])
-def test_a_page_that_breaks_is_asked_for_again(proxy: FaultProxy, store: S3Store, kind: str, page: int) -> None:
+def test_a_page_that_breaks_is_asked_for_again(proxy: FaultProxy, store: S3Store, kind: str) -> None:
     store = with_config(filled(store), SHORT)
-    proxy.plan(Fault(kind, after=page))
-    assert sorted(e.key for e in store.list("page/")) == RESULTS["list"][1:]
-    assert proxy.injected == {kind: 1}
+    for page in range(3):
+        proxy.plan(Fault(kind, after=page))
+        assert sorted(e.key for e in store.list("page/")) == RESULTS["list"][1:]
+        assert proxy.injected == {kind: 1}
 
 
 @pytest.mark.parametrize("page", [0, 1])
