@@ -41,11 +41,11 @@ IMPATIENT = S3Config(attempts=4, connect_s=5, read_s=1, pause_s=0.001, pause_max
 
 @functools.cache
 def bags() -> list[tuple[Video, Bag]]:
-    """Fifteen videos of three labels in two splits, and the bag of each."""
+    """Nine videos of three labels in two splits, and the bag of each."""
     videos = [
         Video(url=f"/nowhere/{i}", name=f"{i}.mp4", fingerprint="1", label=LABELS[i % 3], split=split, subject=f"s{i}")
-        for i in range(15)
-        for split in ("train" if i < 12 else "test",)
+        for i in range(9)
+        for split in ("train" if i < 6 else "test",)
     ]
     return [(video, tiny_bag(video, LABELS, 0)) for video in videos]
 
@@ -94,7 +94,7 @@ def right(proxy: FaultProxy, s3: Callable[[str], str]) -> dict[str, str]:
     found = objects(url)
     version = open_store(url).get(version_key(1))
     assert found[version_key(1)] == f"{len(version)}-{hashlib.md5(version).hexdigest()}"
-    assert Counter(key.split("/")[0] for key in found) == {"crops": 15, "shards": 9, "index": 9, "versions": 1}
+    assert Counter(key.split("/")[0] for key in found) == {"crops": 9, "shards": 6, "index": 6, "versions": 1}
     return found
 
 
@@ -172,7 +172,7 @@ def test_a_run_that_is_killed_is_completed_by_the_next(
         for _ in range(KILLS_OF_A_RUN):
             child = context.Process(target=run_in_child, args=(url, environment))
             proxy.calm()
-            proxy.plan(*random_faults(rng, 1, 60, ["reset", "lost", "cut_up"]))
+            proxy.plan(*random_faults(rng, 1, 40, ["reset", "lost", "cut_up"]))
             proxy.on_fault = lambda _, child=child: os.kill(child.pid, signal.SIGKILL)
             child.start()
             child.join()
