@@ -17,18 +17,9 @@ from pipeline.sources.lists import Line, bad_line, merge_folds, only_one, read_l
 from pipeline.sources.tree import Survey
 
 LABELS = (
-    "anger",
-    "disgust",
-    "fear",
-    "happiness",
-    "neutral",
-    "sadness",
-    "surprise",
-    "contempt",
-    "anxiety",
-    "helplessness",
-    "disappointment",
-)
+    ("anger", "disgust", "fear", "happiness", "neutral", "sadness", "surprise", "contempt")
+    + ("anxiety", "helplessness", "disappointment")
+)  # fmt: skip
 FOLD_COUNT = 5
 _FOLDER = re.compile(r"(?:.*/)?single/(no|with)_caption/set_(\d)", re.IGNORECASE)
 _FILE = re.compile(r"(train|test)\.txt", re.IGNORECASE)
