@@ -7,6 +7,8 @@ relative to it and use `/`. Promises that the rest of the house builds on:
 * `put_if_absent` has one winner. It is the commit of a dataset version.
 * reads resume by range after a broken connection; time-outs and attempts are set here, not left to defaults
   that differ by a factor of 30 between clients.
+* a call ends right, with FileNotFoundError, or with a MicaclError; a folder's other errors are the system's OSError.
+* a key is text. A file name that is no UTF-8 has its stray bytes as %FF in its key, and is found by that key again.
 
 S3 credentials and endpoint come from the usual AWS places (environment, profile, instance role), through boto3.
 """
@@ -14,7 +16,9 @@ S3 credentials and endpoint come from the usual AWS places (environment, profile
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
+import re
 import secrets
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -25,6 +29,8 @@ from typing import Any
 from pipeline.contract import MicaclError, digest
 
 _TEMPORARY = ".tmp-"
+_STRAY = re.compile("[\udc80-\udcff]")
+_ESCAPED = re.compile("%([89A-F][0-9A-F])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,7 @@ def open_store(url: str) -> Store:
 
         return S3Store(url)
     if url.startswith("file://") or "://" not in url:
-        return LocalStore(os.path.abspath(url.removeprefix("file://")))
+        return LocalStore(escape_name(os.path.abspath(url.removeprefix("file://"))))
     return FsspecStore(url)
 
 
@@ -129,7 +135,7 @@ class LocalStore(Store):
     def _path(self, key: str) -> Path:
         if ".." in key.split("/") or key.startswith("/"):
             raise _leaves(key, self.root)
-        return Path(self.root, key)
+        return find_path(Path(self.root, key))
 
     def get(self, key: str) -> bytes:
         return self._path(key).read_bytes()
@@ -170,11 +176,17 @@ class LocalStore(Store):
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        """As Store says. Links are followed, folders that cannot be read are an OSError.
+
+        The names of one folder at a time are in memory: crops lie in 256 folders for that.
+        """
+        root = self._path("")
         folder = self._path(prefix) if prefix.endswith("/") or not prefix else self._path(prefix).parent
-        for parent, _, names in os.walk(folder):
+        for parent, folders, names in os.walk(folder, onerror=_unless_gone, followlinks=True):
+            folders[:] = [name for name in folders if not _leads_back(Path(parent, name))]
             for name in names:
                 path = Path(parent, name)
-                key = path.relative_to(self.root).as_posix()
+                key = self._key(path.relative_to(root).as_posix())
                 if name.startswith(_TEMPORARY) or not key.startswith(prefix):
                     continue
                 with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
@@ -184,12 +196,23 @@ class LocalStore(Store):
         """As Store says, in the order of the names; links to folders are followed."""
         folder = self._path(prefix)
         for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-            path, key = Path(folder, name), f"{prefix}{name}"
+            path = Path(folder, name)
+            key = self._key(f"{prefix}{name}")
             if path.is_dir():
                 yield Entry(f"{key}/", 0, "")
             elif not name.startswith(_TEMPORARY):
                 with contextlib.suppress(FileNotFoundError):
                     yield _local_entry(key, path)
+
+    def _key(self, name: str) -> str:
+        key = escape_name(name)
+        if key != name and os.path.lexists(Path(self.root, key)):
+            raise MicaclError(
+                f"{self.root} has two files with the key {key!r}: one of that name, one with bytes that are no UTF-8.",
+                "One of the two could not be told from the other, so nothing was listed.",
+                "Rename one of them.",
+            )
+        return key
 
     def stat(self, key: str) -> Entry | None:
         path = self._path(key)
@@ -200,6 +223,33 @@ class LocalStore(Store):
 
     def delete(self, key: str) -> None:
         self._path(key).unlink(missing_ok=True)
+
+
+def escape_name(name: str) -> str:
+    """A path from the operating system as a key: bytes that are no UTF-8 (lone surrogates in Python) become %FF."""
+    return _STRAY.sub(lambda stray: f"%{ord(stray[0]) - 0xDC00:02X}", name)
+
+
+def find_path(path: Path) -> Path:
+    """The file that `escape_name` named so, if there is one and no file of that very name; else `path`."""
+    if not _ESCAPED.search(str(path)):
+        return path
+    found = Path(path.anchor)
+    for part in path.relative_to(path.anchor).parts:
+        raw = os.fsdecode(os.fsencode(_ESCAPED.sub(lambda byte: chr(0xDC00 + int(byte[1], 16)), part)))
+        stray = escape_name(raw) == part and not os.path.lexists(found / part) and os.path.lexists(found / raw)
+        found /= raw if stray else part
+    return found
+
+
+def _unless_gone(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise error
+
+
+def _leads_back(folder: Path) -> bool:
+    """Whether it is a link to a folder that it lies in."""
+    return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
 def _leaves(key: str, root: str) -> MicaclError:
@@ -214,61 +264,91 @@ def _local_entry(key: str, path: Path) -> Entry:
 
 
 class FsspecStore(Store):
-    """Anything else that fsspec opens (gs://, az://, memory://, ...). Its client library must be installed."""
+    """Anything else that fsspec opens (gs://, az://, memory://, ...). Its client library must be installed.
 
-    def _open(self, key: str) -> tuple[Any, str]:
+    Retries and time-outs are the client's own.
+    """
+
+    @contextlib.contextmanager
+    def _open(self, key: str) -> Iterator[tuple[Any, str]]:
+        """The file system and the path of a key; what its client raises in the block, in words."""
         if ".." in key.split("/"):
             raise _leaves(key, self.root)
         import fsspec
 
         try:
             fs, path = fsspec.core.url_to_fs(self.url(key))
-        except (ImportError, ValueError) as error:
+            fs.invalidate_cache()  # clients keep listings, and would not see what others write
+            yield fs, path
+        except (MicaclError, FileNotFoundError):
+            raise
+        except Exception as error:
+            kind, remedy = "is not known to be done", "Check the network and the credentials, then try again."
+            if isinstance(error, NotImplementedError):
+                kind, remedy = "cannot be done there", "Use s3:// or a folder."
+            elif isinstance(error, ImportError | ValueError):
+                kind, remedy = "was not done", "Use a path or s3://, or correct the URL and install its client."
             raise MicaclError(
-                f"{self.root}: {error}.", "The URL cannot be opened.", "Use a path or s3://, or install its client."
+                f"{self.url(key)}: {type(error).__name__}: {error}.", f"The operation {kind}.", remedy
             ) from error
-        return fs, path
 
     def get(self, key: str) -> bytes:
-        fs, path = self._open(key)
-        return bytes(fs.cat_file(path))
+        with self._open(key) as (fs, path):
+            return bytes(fs.cat_file(path))
 
     def read_range(self, key: str, offset: int, size: int) -> bytes:
-        fs, path = self._open(key)
-        return bytes(fs.cat_file(path, start=offset, end=offset + size))
+        with self._open(key) as (fs, path):
+            return bytes(fs.cat_file(path, start=offset, end=offset + size))
 
     def put(self, key: str, data: bytes) -> None:
-        fs, path = self._open(key)
-        fs.pipe_file(path, data)
+        with self._open(key) as (fs, path):
+            fs.pipe_file(path, data)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        fs, path = self._open(key)
-        try:
-            fs.pipe_file(path, data, mode="create")
-        except FileExistsError:
-            return bytes(fs.cat_file(path)) == data
+        with self._open(key) as (fs, path):
+            if not _can_create(fs):
+                raise NotImplementedError("its client has no atomic write of a file that must not exist")
+            try:
+                fs.pipe_file(path, data, mode="create")
+            except FileExistsError:
+                return bytes(fs.cat_file(path)) == data
         return True
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        fs, root = self._open("")
-        folder = prefix.rpartition("/")[0]
-        for path, info in fs.find(f"{root}/{folder}" if folder else root, detail=True).items():
-            key = path.removeprefix(root).lstrip("/")
-            if key.startswith(prefix):
-                yield _fsspec_entry(key, info)
+        """As Store says, folder by folder: fsspec's own `find` passes over folders that it could not read."""
+        with self._open("") as (fs, root), self._open(prefix.rpartition("/")[0]) as (_, top):
+            folders = [top]
+            while folders:
+                at = folders.pop()
+                with contextlib.suppress(FileNotFoundError):  # deleted since its parent was read
+                    for info in fs.ls(at, detail=True):
+                        key = info["name"].removeprefix(root).strip("/")
+                        if info["type"] == "directory" and info["name"].rstrip("/") != at.rstrip("/"):
+                            folders.append(info["name"])
+                        elif info["type"] == "file" and key.startswith(prefix):
+                            yield _fsspec_entry(key, info)
 
     def stat(self, key: str) -> Entry | None:
-        fs, path = self._open(key)
         try:
-            info = fs.info(path)
+            with self._open(key) as (fs, path):
+                info = fs.info(path)
         except FileNotFoundError:
             return None
         return _fsspec_entry(key, info) if info.get("type") == "file" else None
 
     def delete(self, key: str) -> None:
-        fs, path = self._open(key)
-        if fs.exists(path):
+        with self._open(key) as (fs, path), contextlib.suppress(FileNotFoundError):
             fs.rm_file(path)
+
+
+def _can_create(fs: Any) -> bool:
+    """Whether the client has its own write with mode="create": fsspec's looks first and writes then, so two can win."""
+    from fsspec.asyn import AsyncFileSystem
+    from fsspec.spec import AbstractFileSystem
+
+    own = [getattr(type(fs), name, None) for name in ("pipe_file", "_pipe_file")]
+    inherited = (None, AbstractFileSystem.pipe_file, AsyncFileSystem._pipe_file)  # noqa: SLF001
+    return any(f not in inherited and "mode" in inspect.signature(f).parameters for f in own)
 
 
 def _fsspec_entry(key: str, info: Mapping[str, Any]) -> Entry:

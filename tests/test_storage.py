@@ -1,22 +1,25 @@
-"""The promises of a Store, on a folder, in memory and on a real S3 server; and what a bad network does to them."""
+"""The promises of a Store, on a folder, in memory and on a real S3 server. See also test_storage_network.py."""
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
-import re
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 from uuid import uuid4
 
+import fsspec
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from fsspec.spec import AbstractFileSystem
 
 from pipeline import storage_s3
-from pipeline.contract import MicaclError
-from pipeline.object_store import ObjectStore
+from pipeline.contract import MicaclError, Video, canonical_json, digest
 from pipeline.storage import LocalStore, Store, open_store, split_url
-from tests.fault_proxy import FaultProxy
+from pipeline.storage_s3 import S3Config
 
 KEYS = ("a.bin", "versions/000001.json", "deep/er/a b é+~#%.mp4")
 WRITERS = 16
@@ -107,7 +110,9 @@ def test_equal_writers_all_win(store: Store) -> None:
 
 def test_a_store_travels_to_another_process(store: Store) -> None:
     store.put("a", b"1")
-    assert pickle.loads(pickle.dumps(store)).get("a") == b"1"
+    copy = pickle.loads(pickle.dumps(store))
+    assert copy.get("a") == b"1"
+    assert vars(copy) == vars(store)
 
 
 def test_a_folder_name_is_no_object(store: Store) -> None:
@@ -170,6 +175,32 @@ def test_a_dangling_link_does_not_stop_a_listing(tmp_path: Path) -> None:
     assert [e.key for e in open_store(str(tmp_path)).list()] == ["real.mp4"]
 
 
+def test_linked_folders_are_listed_and_loops_end(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere/deep").mkdir(parents=True)
+    (tmp_path / "elsewhere/deep/a.mp4").write_bytes(b"1")
+    (tmp_path / "elsewhere/deep/up").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "raw/self").symlink_to(tmp_path / "raw")
+    store = open_store(str(tmp_path / "raw"))
+    assert [e.key for e in store.list()] == ["link/deep/a.mp4"]
+    assert store.get("link/deep/a.mp4") == b"1"
+
+
+def test_a_folder_that_cannot_be_read_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    LocalStore(str(tmp_path)).put("closed/a", b"1")
+    scandir = os.scandir
+
+    def refuse(path: str) -> object:  # what the kernel does to all but root
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        list(LocalStore(str(tmp_path)).list())
+
+
 def test_a_relative_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = open_store("data/")
@@ -177,6 +208,124 @@ def test_a_relative_folder_is_made_absolute(tmp_path: Path, monkeypatch: pytest.
     store.put("a", b"1")
     assert (tmp_path / "data" / "a").read_bytes() == b"1"
     assert open_store(f"file://{tmp_path}/data").get("a") == b"1"
+
+
+# File names that are no UTF-8.
+
+STRAY = b"caf\xe9 \xff.mp4"
+
+
+def put_raw(folder: Path, name: bytes, data: bytes = b"1") -> None:
+    path = os.path.join(os.fsencode(folder), name)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+
+
+def test_a_stray_name_has_a_key_of_text_that_finds_it(tmp_path: Path) -> None:
+    put_raw(tmp_path, b"d\xfcr/" + STRAY, b"data")
+    put_raw(tmp_path, b"d\xfcr/100%FF%C3%A9.mp4", b"other")
+    store = open_store(str(tmp_path))
+    keys = {e.key: e.size for e in store.list()}
+    assert keys == {"d%FCr/caf%E9 %FF.mp4": 4, "d%FCr/100%FF%C3%A9.mp4": 5}
+    for key, data in (("d%FCr/caf%E9 %FF.mp4", b"data"), ("d%FCr/100%FF%C3%A9.mp4", b"other")):
+        assert Video(url=store.url(key), name=key).id == digest(key.encode())[:16]
+        assert json.loads(canonical_json([key]).encode()) == [key]
+        assert store.get(key) == data
+        assert store.read_range(key, 1, 2) == data[1:3]
+        assert store.stat(key) in list(store.list("d%FCr/"))
+        root, name = split_url(store.url(key))
+        assert open_store(root).get(name) == data
+        assert [e.key for e in open_store(root).list()] != []
+    store.put("d%FCr/caf%E9 %FF.mp4", b"new")
+    assert os.listdir(os.fsencode(tmp_path)) == [b"d\xfcr"]
+    assert (tmp_path / os.fsdecode(b"d\xfcr/" + STRAY)).read_bytes() == b"new"
+    store.delete("d%FCr/caf%E9 %FF.mp4")
+    assert not store.exists("d%FCr/caf%E9 %FF.mp4")
+
+
+def test_a_folder_given_by_a_stray_name(tmp_path: Path) -> None:
+    put_raw(tmp_path, b"\xff/" + STRAY)
+    store = open_store(str(tmp_path / os.fsdecode(b"\xff")))
+    assert store.root == f"{tmp_path}/%FF"
+    assert [e.key for e in store.list()] == ["caf%E9 %FF.mp4"]
+    store.put("b", b"2")
+    assert sorted(os.listdir(os.fsencode(tmp_path) + b"/\xff")) == [b"b", STRAY]
+
+
+def test_a_name_that_looks_escaped_stays_what_it_is(tmp_path: Path) -> None:
+    store = open_store(str(tmp_path))
+    for name in ("%FF.mp4", "caf%C3%A9.mp4", "100%.mp4", "%25FF", "%ff", "café.mp4"):
+        store.put(name, name.encode())
+        assert (tmp_path / name).read_bytes() == store.get(name) == name.encode()
+    assert len({e.key for e in store.list()}) == 6
+    store.delete("caf%C3%A9.mp4")
+    assert not store.exists("caf%C3%A9.mp4")  # and is not found as café.mp4
+
+
+def test_two_names_of_one_key_are_an_error_in_words(tmp_path: Path) -> None:
+    put_raw(tmp_path, b"a\xff.mp4")
+    put_raw(tmp_path, b"a%FF.mp4")
+    with pytest.raises(MicaclError, match=r"two files with the key 'a%FF\.mp4'"):
+        list(open_store(str(tmp_path)).list())
+
+
+# fsspec.
+
+
+class Plain(MemoryFileSystem):
+    """A client that inherits fsspec's write with mode="create", in which two can win."""
+
+    protocol = "plain"
+    store: ClassVar[dict] = {}
+    pipe_file = AbstractFileSystem.pipe_file
+
+
+class Broken(AbstractFileSystem):
+    protocol = "broken"
+
+    def _open(self, path: str, *args: object, **kwargs: object) -> object:
+        raise TimeoutError("the network is down")
+
+    info = rm_file = cat_file = _open
+
+    def ls(self, path: str, detail: bool = True, **kwargs: object) -> list:
+        if path == "/p":
+            return [{"name": "/p/a", "type": "directory", "size": 0}]
+        raise TimeoutError("the network is down")
+
+    def pipe_file(self, path: str, value: bytes, mode: str = "overwrite") -> None:
+        raise TimeoutError("the network is down")
+
+
+class Bare(AbstractFileSystem):
+    protocol = "bare"
+
+    def _open(self, path: str, *args: object, **kwargs: object) -> object:
+        raise NotImplementedError
+
+
+fsspec.register_implementation("plain", Plain, clobber=True)
+fsspec.register_implementation("broken", Broken, clobber=True)
+fsspec.register_implementation("bare", Bare, clobber=True)
+
+
+def test_a_commit_needs_a_write_that_one_wins() -> None:
+    store = open_store("plain://p")
+    store.put("a", b"1")
+    with pytest.raises(MicaclError, match=r"plain://p/b.*must not exist.*cannot be done there.*Use s3:// or a folder"):
+        store.put_if_absent("b", b"1")
+    assert [e.key for e in store.list()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("url", "words"), [("broken://p", "TimeoutError: the network is down"), ("bare://p", "cannot be done there")]
+)
+def test_errors_of_an_fsspec_client_are_errors_in_words(url: str, words: str) -> None:
+    store = open_store(url)
+    for operation in (*operations(store)[1:], lambda: store.exists("a")):
+        with pytest.raises(MicaclError, match=f"{url}.*{words}"):
+            operation()
 
 
 @pytest.mark.parametrize(
@@ -242,7 +391,7 @@ def test_wrong_credentials_are_an_error_in_words(
 def test_an_unknown_endpoint_is_an_error_in_words(
     s3_environment: Callable[..., None], monkeypatch: pytest.MonkeyPatch, endpoint: str
 ) -> None:
-    monkeypatch.setattr(storage_s3, "ATTEMPTS", 1)  # with the usual six boto3 waits some 15 s between them
+    monkeypatch.setattr(storage_s3, "CONFIG", S3Config(attempts=1))
     s3_environment(AWS_ENDPOINT_URL=endpoint)
     for operation in operations(open_store("s3://tests/p")):
         with pytest.raises(MicaclError, match="Check AWS_ENDPOINT_URL"):
@@ -253,83 +402,3 @@ def test_a_malformed_endpoint_is_an_error_in_words(s3_environment: Callable[...,
     s3_environment(AWS_ENDPOINT_URL="localhost:8333")
     with pytest.raises(MicaclError, match="AWS_ENDPOINT_URL"):
         open_store("s3://tests/p").check()
-
-
-# A bad network in front of the real server.
-
-BIG = os.urandom(3 * 2**20)
-
-
-@pytest.fixture
-def proxy(s3_server: ObjectStore, s3_environment: Callable[..., None]) -> object:
-    with FaultProxy(s3_server.ports[0]) as proxy:
-        s3_environment(AWS_ENDPOINT_URL=proxy.endpoint)
-        yield proxy
-
-
-ENDS = pytest.mark.parametrize("reset", [pytest.param(False, id="end"), pytest.param(True, id="reset")])
-
-
-@ENDS
-@pytest.mark.parametrize("cut_after", [5_000, 2_500_000])
-def test_a_read_that_breaks_off_is_resumed(
-    proxy: FaultProxy, s3: Callable[[str], str], cut_after: int, reset: bool
-) -> None:
-    store = open_store(s3("cut"))
-    store.put("big", BIG)
-    proxy.sent, proxy.cut_after, proxy.reset = b"", cut_after, reset
-    assert store.get("big") == BIG
-    assert proxy.cuts == 1
-    assert proxy.sent.count(b"GET ") == 2
-    if cut_after > 2**20 and not reset:  # what was read is kept, the rest asked for by range, of the same object only
-        assert (found := re.search(rb"Range: bytes=(\d+)-\r", proxy.sent, re.IGNORECASE))
-        assert 2**20 <= int(found[1]) <= cut_after
-        assert b"if-match: " in proxy.sent.lower()
-
-
-@ENDS
-def test_a_range_that_breaks_off_is_resumed(proxy: FaultProxy, s3: Callable[[str], str], reset: bool) -> None:
-    store = open_store(s3("cut"))
-    store.put("big", BIG)
-    proxy.cut_after, proxy.reset = 2_000_000, reset
-    assert store.read_range("big", 1000, 2_500_000) == BIG[1000:2_501_000]
-    assert proxy.cuts == 1
-
-
-@ENDS
-def test_two_versions_of_an_object_are_never_mixed(proxy: FaultProxy, s3: Callable[[str], str], reset: bool) -> None:
-    store, other = open_store(s3("mixed")), BIG[::-1]
-    store.put("big", BIG)
-    proxy.cut_after, proxy.reset, proxy.on_cut = 2_500_000, reset, lambda: store.put("big", other)
-    assert store.get("big") == other
-    assert proxy.cuts == 1
-
-
-def test_a_busy_server_is_asked_again(proxy: FaultProxy, s3: Callable[[str], str]) -> None:
-    store = open_store(s3("busy"))
-    proxy.refusals = 2
-    store.put("a", b"1")
-    assert proxy.refused == 2
-    assert store.get("a") == b"1"
-
-
-def test_a_commit_whose_answer_was_lost_is_ours(proxy: FaultProxy, s3: Callable[[str], str]) -> None:
-    store = open_store(s3("lost"))
-    proxy.cut_after = 10
-    assert store.put_if_absent("versions/000001.json", b"ours")
-    assert proxy.cuts == 1
-    assert not store.put_if_absent("versions/000001.json", b"theirs")
-
-
-@ENDS
-def test_a_server_that_stays_broken_is_an_error_in_words(
-    proxy: FaultProxy, s3: Callable[[str], str], monkeypatch: pytest.MonkeyPatch, reset: bool
-) -> None:
-    monkeypatch.setattr(storage_s3, "ATTEMPTS", 2)
-    store = open_store(s3("broken"))
-    store.put("big", BIG)
-    proxy.cut_after, proxy.reset = 1_500_000, reset
-    proxy.on_cut = lambda: setattr(proxy, "cut_after", 1_000)
-    with pytest.raises(MicaclError, match=r"broke 2 times, \d+ bytes were read.*network"):
-        store.get("big")
-    assert proxy.cuts >= 2  # a reset can come before the headers; boto3 asks again by itself then
