@@ -177,7 +177,7 @@ def _no_name(url: str, expected: str) -> MicaclError:
 
 def _copy(store: Store, clip: str, one: str, other: str) -> MicaclError:
     return MicaclError(
-        f"{clip} is there twice: {some([store.url(one), store.url(other)])}.",
+        f"{clip} is there twice: {some(sorted(map(store.url, (one, other))))}.",
         "It would be counted twice.",
         "Move one of the two away, or give the folder of one of them.",
     )

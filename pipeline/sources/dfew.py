@@ -7,7 +7,6 @@ them, so that renamed and doubled ones are found; lists by their names.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterable
 
@@ -107,7 +106,7 @@ def clip_of(key: str) -> str | None:
 def _read(look: Survey, key: str) -> list[Line]:
     out = []
     for n, (where, text) in enumerate(read_lines(look.store, key)):
-        fields = [field.strip() for field in next(csv.reader([text]))]
+        fields = [field.strip(' \t"') for field in text.split(",")]
         clip, label = (_CLIP.fullmatch(fields[0]), _LABEL.fullmatch(fields[1])) if len(fields) >= 2 else (None, None)
         if clip and label:
             out.append(Line(f"{int(clip[1]):05d}", label[1], where))

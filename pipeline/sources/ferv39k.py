@@ -17,10 +17,11 @@ from pipeline.sources.clips import Listed, Pictures, Said, choose_pictures
 from pipeline.sources.lists import Line, bad_line, only_one, read_lines, require_unique
 from pipeline.sources.tree import Survey
 
-SCENES = frozenset(
+_SCENES = (
     "action argue business conflict contest crime crisis dailylife elegantart experiment history interview liveshow "
-    "medicine officialevent scholarreport school social speech talkshow terror war".split()  # noqa: SIM905
+    "medicine officialevent scholarreport school social speech talkshow terror war"
 )
+SCENES = frozenset(_SCENES.split())
 _ALL = re.compile(r"(train|test)_all\.(?:csv|txt)", re.IGNORECASE)
 _ANNOTATION = re.compile(r"(train|test)\.csv", re.IGNORECASE)
 _PATH = re.compile(r"(?:\./)?([^/]+)/([^/]+)/(\d+)/?")
@@ -104,7 +105,8 @@ def _read(look: Survey, key: str, index: Mapping[str, str] | None) -> list[Line]
                 raise _disagree(where, path, match[2], said, label)
             out.append(Line("/".join(match.groups()), label, where))
         elif n or match:  # a first line without a path is a header
-            raise bad_line(where, text, "Action/Sad/0010 Sad (scene/emotion/clip, label)")
+            wanted = "Sad (scene/emotion/clip, label)" if index is None else f"5 (a number of {_INDEX})"
+            raise bad_line(where, text, f"Action/Sad/0010 {wanted}")
     return out
 
 

@@ -16,9 +16,8 @@ from pipeline.sources.dfew import find_pictures as find_numbered
 from pipeline.sources.lists import Line, bad_line, merge_folds, only_one, read_lines, require_folds
 from pipeline.sources.tree import Survey
 
-LABELS = tuple(
-    "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness disappointment".split()
-)
+_LABELS = "anger disgust fear happiness neutral sadness surprise contempt anxiety helplessness disappointment"
+LABELS = tuple(_LABELS.split())
 FOLD_COUNT = 5
 _FOLDER = re.compile(r"(?:.*/)?single/(no|with)_caption/set_(\d)", re.IGNORECASE)
 _FILE = re.compile(r"(train|test)\.txt", re.IGNORECASE)

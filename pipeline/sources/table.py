@@ -186,7 +186,7 @@ def _parquet_rows(file: io.BufferedReader, url: str) -> Iterator[tuple[str, dict
             for row in batch.to_pylist():
                 number += 1
                 yield f"{url} row {number}", {column: _text(value) for column, value in row.items()}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise MicaclError(
             f"{url}: {error}.", "It was not read on from there.", "Write the Parquet file again."
         ) from error

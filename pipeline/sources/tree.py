@@ -113,7 +113,7 @@ def find_clips(store: Store, roots: Sequence[str], clip_of: Callable[[str], str 
 
 def _twice(store: Store, clip: str, one: str, other: str) -> MicaclError:
     return MicaclError(
-        f"Clip {clip} lies in {store.url(one)} and in {store.url(other)}.",
+        f"Clip {clip} lies in {' and in '.join(sorted(map(store.url, (one, other))))}.",
         "It is not clear which of the two is meant, and a copy must not be counted twice.",
         "Move one of them away; if an archive was unpacked in parts, merge the parts into one folder.",
     )
