@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.contract import DFEW_LABELS, MicaclError
 from pipeline.sources import SourceOptions, find_source, list_videos
-from pipeline.sources.frames import fingerprints_of, folder_fingerprint, image_folders, natural_key
+from pipeline.sources.frames import fingerprints_of, folder_fingerprint, image_folders
 from pipeline.sources.published import DFEW, DFEW_ALL, FERV39K, PUBLISHED, differences
 from pipeline.sources.tree import survey
 from pipeline.storage import Entry, LocalStore
@@ -29,21 +29,6 @@ def fill(store: LocalStore, *keys: str) -> LocalStore:
 
 
 # Folders of images.
-
-
-@given(numbers=st.lists(st.integers(0, 10**6), min_size=1, max_size=40, unique=True), seed=st.integers(0, 99))
-def test_numbers_in_names_sort_as_numbers(numbers: list[int], seed: int) -> None:
-    names = [f"{n}.jpg" for n in numbers]
-    padded = [f"clip_{n:07d}.jpg" for n in numbers]
-    random.Random(seed).shuffle(names)
-    assert sorted(names, key=natural_key) == [f"{n}.jpg" for n in sorted(numbers)]
-    assert sorted(padded, key=natural_key) == sorted(padded)
-
-
-def test_equal_numbers_have_one_order() -> None:
-    assert sorted(["01.jpg", "1.jpg", "a1", "1a"], key=natural_key) == sorted(
-        ["1a", "a1", "1.jpg", "01.jpg"], key=natural_key
-    )
 
 
 @given(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import PurePosixPath
 
@@ -10,7 +9,6 @@ from pipeline.contract import digest
 from pipeline.storage import Entry
 
 IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
-_NUMBERS = re.compile(r"([0-9]+)")
 
 
 def is_litter(key: str) -> bool:
@@ -21,11 +19,6 @@ def is_litter(key: str) -> bool:
 def is_image(key: str) -> bool:
     """Told by the extension; what is inside is found out when it is decoded."""
     return PurePosixPath(key).suffix.lower() in IMAGES and not is_litter(key)
-
-
-def natural_key(name: str) -> tuple[list[str | int], str]:
-    """Sort key by which numbers count as numbers: 2.jpg before 10.jpg. The name itself breaks ties (1 and 01)."""
-    return [int(part) if n % 2 else part for n, part in enumerate(_NUMBERS.split(name))], name
 
 
 class FolderDigest:
