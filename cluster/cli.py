@@ -160,7 +160,7 @@ def predict(
         bundle: from `micacl export`.
         raw: folder or s3://bucket/prefix of videos.
         out: where predictions-*.parquet goes.
-        source: bucket, table, folder or auto.
+        source: bucket, table, folder, auto, or a data set (dfew, ferv39k, ...; docs/data.md).
         faces: all, or largest for one face a video.
         workers: actors that hold the model.
         gpu: one GPU an actor.

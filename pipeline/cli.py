@@ -164,6 +164,7 @@ def prepare(
     raw: Raw,
     dataset: DatasetUrl,
     source: str = "auto",
+    frames: str = "auto",
     labels: tuple[str, ...] = (),
     test_share: float = 0.2,
     max_quarantined: float = 0.2,
@@ -175,17 +176,18 @@ def prepare(
     """Raw videos to a committed dataset version.
 
     Args:
-        raw: a table (CSV, Parquet), or a folder or bucket of videos.
+        raw: a table (CSV, Parquet), or a folder or bucket of clips.
         dataset: where the shards go: folder or s3://bucket/prefix.
-        source: auto, table, folder or bucket.
-        labels: label set in order; default DFEW's seven; `auto` takes the words that are there.
+        source: auto, table, folder, bucket, dfew, ferv39k, mafw, afew, caer, crema-d or ravdess (docs/data.md).
+        frames: of a clip that is there in several forms: original, images, aligned or 16f; default aligned, if there.
+        labels: label set in order; default the data set's own, else DFEW's seven; `auto` takes the words there are.
         test_share: of subjects, where the source names no split.
         max_quarantined: share of videos; above it the exit code is 3.
         workers: cores of a private Ray; default all.
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
     """
     from pipeline.ray_local import ray_session
-    from pipeline.sources import open_source
+    from pipeline.sources import SourceOptions, find_source, label_set
     from pipeline.storage import open_store
 
     if workers is not None:
@@ -193,13 +195,16 @@ def prepare(
     for flag, value in (("--test-share", test_share), ("--max-quarantined", max_quarantined)):
         require_between(0, 1, flag, value)
     open_store(absolute(dataset)).check()
-    videos, words = open_source(absolute(raw), source, labels)
+    found = find_source(absolute(raw), source, options=SourceOptions(frames=frames))
+    for line in (found.layout, *found.notes):
+        say(line)
+    words = label_set(labels, found)
     from pipeline.prepare import PrepareConfig
     from pipeline.prepare import prepare as job
 
     config = PrepareConfig(test_share=test_share, crop=crop, pack=pack)
     session = functools.partial(ray_session, address=address, num_cpus=workers)
-    result = job(videos, words, absolute(dataset), config, say, session)
+    result = job(found.videos(), words, absolute(dataset), config, say, session)
     listed, bad = result["videos"]["listed"], result["videos"]["quarantined"]
     if bad > max_quarantined * listed:
         say(f"{bad} of {listed} videos are quarantined, more than --max-quarantined {max_quarantined:g}.")

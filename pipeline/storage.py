@@ -75,6 +75,21 @@ class Store(ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Every object whose key starts with `prefix`, in no promised order, page by page."""
 
+    def children(self, prefix: str = "") -> Iterator[Entry]:
+        """One level: the objects of a folder, and its folders as entries whose keys end with / (size 0).
+
+        Args:
+            prefix: the folder: "" or a key that ends with /.
+        """
+        folders = set()
+        for entry in self.list(prefix):
+            name, slash, _ = entry.key[len(prefix) :].partition("/")
+            if not slash:
+                yield entry
+            elif name not in folders:
+                folders.add(name)
+                yield Entry(f"{prefix}{name}/", 0, "")
+
     @abstractmethod
     def stat(self, key: str) -> Entry | None:
         """What a listing would say of the object, or None if there is none."""
@@ -175,6 +190,18 @@ class LocalStore(Store):
                 if name.startswith(_TEMPORARY) or not key.startswith(prefix):
                     continue
                 with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
+                    yield _local_entry(key, path)
+
+    def children(self, prefix: str = "") -> Iterator[Entry]:
+        """As Store says, in the order of the names; links to folders are followed."""
+        folder = self._path(prefix)
+        for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
+            path = Path(folder, name)
+            key = self._key(f"{prefix}{name}")
+            if path.is_dir():
+                yield Entry(f"{key}/", 0, "")
+            elif not name.startswith(_TEMPORARY):
+                with contextlib.suppress(FileNotFoundError):
                     yield _local_entry(key, path)
 
     def _key(self, name: str) -> str:

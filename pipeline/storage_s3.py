@@ -14,7 +14,7 @@ import io
 import os
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -262,18 +262,33 @@ class S3Store(Store):
         )
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        for page in self._pages(prefix):
+            yield from self._entries(page)
+
+    def children(self, prefix: str = "") -> Iterator[Entry]:
+        for page in self._pages(prefix, Delimiter="/"):
+            yield from (
+                Entry(folder["Prefix"].removeprefix(self.prefix), 0, "") for folder in page.get("CommonPrefixes", [])
+            )
+            yield from self._entries(page)
+
+    def _entries(self, page: Mapping[str, Any]) -> Iterator[Entry]:
+        for item in page.get("Contents", []):
+            key = item["Key"].removeprefix(self.prefix)
+            if not key.endswith("/"):
+                yield _s3_entry(key, item["Size"], item["ETag"])
+
+    def _pages(self, prefix: str, **more: Any) -> Iterator[Mapping[str, Any]]:
         fetch = functools.partial(
             self._client.list_objects_v2,
             Bucket=self.bucket,
             Prefix=self.prefix + prefix,
             MaxKeys=self.config.page_keys,
+            **more,
         )
         page, token = self._call(prefix, fetch), ""
         while True:
-            for item in page.get("Contents", []):
-                key = item["Key"].removeprefix(self.prefix)
-                if not key.endswith("/"):
-                    yield _s3_entry(key, item["Size"], item["ETag"])
+            yield page
             if not page.get("IsTruncated"):
                 return
             last, token = token, page.get("NextContinuationToken", "")
