@@ -21,9 +21,8 @@ from collections.abc import Iterator
 from pipeline.contract import DFEW_LABELS, CropConfig, PackConfig, Video, digest
 from pipeline.crop import BagStub, CropRecord, crop_key
 from pipeline.dataset import bag_counts, commit, version_body
-from pipeline.ledger import open_ledger
+from pipeline.ledger import Ledger, open_ledger
 from pipeline.records import read_records, write_records
-from pipeline.sources.bucket import list_bucket
 from pipeline.storage import Entry, LocalStore
 from pipeline.worklist import write_worklist
 
@@ -39,6 +38,7 @@ class MadeUpBucket(LocalStore):
     videos = 0
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
+        assert not prefix
         for i in range(self.videos):
             yield Entry(f"{i // 1000:04d}/clip_{i:07d}.mp4", 50_000, f"50000-{i}")
 
@@ -120,9 +120,9 @@ def edges() -> list[float]:
     return [sum(SHARES[: i + 1]) + (1 if i == len(SHARES) - 1 else 0) for i in range(len(SHARES))]
 
 
-def records(ledger) -> Iterator[CropRecord]:
+def records(ledger: Ledger) -> Iterator[CropRecord]:
     """One bag a video; every twentieth is quarantined."""
-    for number, video in enumerate(list_from(ledger)):
+    for number, video in enumerate(ledger.todo()):
         stub = BagStub(key=f"{video.id}_0", sha256=digest(video.id.encode()), size=BAG_BYTES, columns={"blur": 1.0})
         bad = number % 20 == 0
         yield CropRecord(
@@ -134,11 +134,7 @@ def records(ledger) -> Iterator[CropRecord]:
         )
 
 
-def list_from(ledger) -> Iterator[Video]:
-    yield from ledger.todo()
-
-
-def shards_of(ledger) -> list[dict]:
+def shards_of(ledger: Ledger) -> list[dict]:
     """The entry of each shard in the version file, as pack would return it."""
     return [
         {

@@ -113,7 +113,7 @@ def test_four_workers_make_the_same_bytes(raw: str, whole: Mapping[str, Any], tm
     assert tree(str(tmp_path)) == whole["tree"]
 
 
-@pytest.mark.parametrize(("prefix", "count"), [("work/", 1), ("crops/", 1), ("crops/", VIDEOS), ("shards/", 2)])
+@pytest.mark.parametrize(("prefix", "count"), [("listing/", 1), ("crops/", 1), ("crops/", VIDEOS), ("shards/", 2)])
 def test_a_killed_driver_loses_nothing(
     raw: str, whole: Mapping[str, Any], tmp_path: Path, prefix: str, count: int, ray_cluster: str
 ) -> None:
