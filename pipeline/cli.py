@@ -204,15 +204,8 @@ def prepare(
 
     config = PrepareConfig(test_share=test_share, crop=crop, pack=pack)
     session = functools.partial(ray_session, address=address, num_cpus=workers)
-    result = job(
-        found.videos(),
-        words,
-        absolute(dataset),
-        config,
-        say,
-        session,
-        source={"kind": found.kind, "layout": found.layout},
-    )
+    said = {"kind": found.kind, "layout": found.layout.replace(absolute(raw).rstrip("/"), "RAW")}
+    result = job(found.videos(), words, absolute(dataset), config, say, session, source=said)
     listed, bad = result["videos"]["listed"], result["videos"]["quarantined"]
     if bad > max_quarantined * listed:
         say(f"{bad} of {listed} videos are quarantined, more than --max-quarantined {max_quarantined:g}.")
