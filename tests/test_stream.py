@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.bags import Bag, video_to_bags
-from pipeline.codec import decode_jpeg
+from pipeline.codec import decode_instance, decode_jpeg
 from pipeline.contract import CODECS, CropConfig, MicaclError
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.plan import Draw
@@ -414,6 +414,24 @@ def test_m3dfel_uses_every_jitter_equally() -> None:
     jitter = Counter(SAMPLERS["m3dfel"]([250] * 4, 4, rng)[0][0] for _ in range(4000))
     assert sorted(jitter) == list(range(16))
     assert max(jitter.values()) < 1.4 * min(jitter.values())
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("seed", [None, 0, 1])
+def test_the_frames_that_a_sampler_picks_are_decoded_in_its_order(
+    dataset: Dataset, h264: Dataset, sampler: str, seed: int | None
+) -> None:
+    for bag in (stream_of(dataset).bag(0), stream_of(h264).bag(0)):
+        counts = bag.meta.instance_frames
+        stored = [
+            frame
+            for i, members in enumerate(bag.encoded)
+            for frame in decode_instance(members, bag.meta, i, range(FRAMES))
+        ]
+        picked = SAMPLERS[sampler](counts, 2, rng_of(seed))
+        clip_NTHWC = decode_bag(bag, StreamConfig(frames=2, sampler=sampler), rng_of(seed))
+        for row, frames_THWC in zip(picked, clip_NTHWC, strict=True):
+            assert all(np.array_equal(stored[n], frame) for n, frame in zip(row, frames_THWC, strict=True))
 
 
 def test_an_unknown_sampler_is_refused() -> None:
