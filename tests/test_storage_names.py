@@ -68,8 +68,9 @@ def test_a_name_that_looks_escaped_stays_what_it_is(tmp_path: Path) -> None:
 
 
 def test_two_names_of_one_key_are_an_error_in_words(tmp_path: Path) -> None:
-    put_raw(tmp_path, b"a\xff.mp4")
-    put_raw(tmp_path, b"a%FF.mp4")
+    put_raw(tmp_path, b"a\xff.mp4", b"stray")
+    put_raw(tmp_path, b"a%FF.mp4", b"as it stands")
+    assert open_store(str(tmp_path)).get("a%FF.mp4") == b"as it stands"
     with pytest.raises(MicaclError, match=r"two files with the key 'a%FF\.mp4'"):
         list(open_store(str(tmp_path)).list())
 
