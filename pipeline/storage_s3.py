@@ -35,7 +35,6 @@ T = TypeVar("T")
 
 _UNREAD = "Nothing of it was used."
 _UNKNOWN = "It may or may not have been done; nothing half-written is visible."
-_STREAM_BYTES = 2**20
 _TRANSFER_THREADS = 4
 
 
@@ -52,6 +51,8 @@ class S3Config:
     pause_max_s: float = 5.0
     page_keys: int = 1000
     """Keys in one page of a listing; S3 gives at most 1000."""
+    piece_bytes: int = 2**20
+    """A read that breaks off keeps the whole pieces of this size."""
     multipart_bytes: int = 64 * 2**20
     """Larger objects are put in parts."""
     part_bytes: int = 16 * 2**20
@@ -198,7 +199,7 @@ class S3Store(Store):
                 answer = self._client.get_object(Bucket=self.bucket, Key=self.prefix + key, **extra)
                 etag = answer["ETag"]
                 with contextlib.closing(answer["Body"]) as body:
-                    for chunk in body.iter_chunks(_STREAM_BYTES):
+                    for chunk in body.iter_chunks(self.config.piece_bytes):
                         out.extend(chunk)
             except boto.ClientError as error:
                 if _answer(error)[0] == 416:  # nothing lies at `at`
@@ -225,7 +226,7 @@ class S3Store(Store):
             self._put_parts(key, data)
         else:
             put = self._client.put_object
-            self._call(key, lambda: put(Bucket=self.bucket, Key=self.prefix + key, Body=_body(data)), _UNKNOWN)
+            self._call(key, lambda: put(Bucket=self.bucket, Key=self.prefix + key, Body=data), _UNKNOWN)
 
     def _put_parts(self, key: str, data: bytes) -> None:
         """Through boto3's transfer manager: it tries each part again, and aborts the upload if one fails for good."""
@@ -247,7 +248,7 @@ class S3Store(Store):
             try:
                 self._call(
                     key,
-                    lambda: put(Bucket=self.bucket, Key=self.prefix + key, Body=_body(data), IfNoneMatch="*"),
+                    lambda: put(Bucket=self.bucket, Key=self.prefix + key, Body=data, IfNoneMatch="*"),
                     _UNKNOWN,
                 )
                 return True
@@ -312,11 +313,6 @@ class S3Store(Store):
         delete = functools.partial(self._client.delete_object, Bucket=self.bucket, Key=self.prefix + key)
         with contextlib.suppress(FileNotFoundError):
             self._call(key, delete, _UNKNOWN)
-
-
-def _body(data: bytes) -> bytes | io.BytesIO:
-    """A large body as a stream: bytes go out in one `sendall`, all of which must fit into connect_s."""
-    return io.BytesIO(data) if len(data) > _STREAM_BYTES else data
 
 
 def _s3_entry(key: str, size: int, etag: str) -> Entry:

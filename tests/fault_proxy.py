@@ -36,6 +36,7 @@ KINDS = {
     "slow_up": "a request's body is taken with small stalls",
     "409": "another conditional put is under way, says the server",
     "412": "the key exists, says the server",
+    "404": "there is no such multipart upload, says the server",
     "flip": "one bit of an answer's body is another one",
 }
 _DOWN = ("cut_down", "reset_down", "stall", "slow_down", "flip")
@@ -43,6 +44,7 @@ _REFUSALS = {
     "500": (500, "Internal Server Error", "InternalError"),
     "503": (503, "Slow Down", "SlowDown"),
     "409": (409, "Conflict", "ConditionalRequestConflict"),
+    "404": (404, "Not Found", "NoSuchUpload"),
     "412": (412, "Precondition Failed", "PreconditionFailed"),
 }
 
@@ -83,6 +85,8 @@ class Fault:
             return request.size > 1
         if self.kind in ("409", "412"):
             return "if-none-match" in request.headers
+        if self.kind == "404":
+            return "uploadId" in request.path
         return self.kind != "lost" or request.method in ("PUT", "POST", "DELETE")
 
 

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import os
 import random
+import re
 import signal
 import threading
 from collections import Counter
@@ -36,7 +37,10 @@ from tests.tiny_dataset import CROP, put_crop, tiny_bag
 LABELS = ("happy", "sad", "angry")
 SEEDS, FAULTS = 20, 10
 KILLS, KILLS_OF_A_RUN = 20, 5
-IMPATIENT = S3Config(attempts=4, connect_s=5, read_s=1, pause_s=0.001, pause_max_s=0.01)
+MEETABLE = tuple(kind for kind in KINDS if kind not in ("flip", "404"))
+IMPATIENT = S3Config(attempts=4, connect_s=5, read_s=1, pause_s=0.001, pause_max_s=0.01, piece_bytes=2000)
+GAVE_UP = re.compile(r"the last of [24] attempts|says that it exists and that it does not")
+"""The only two errors that a network may cause: no lost race where there is one writer, no damaged object."""
 
 
 @functools.cache
@@ -108,7 +112,7 @@ def check_what_is_there(url: str, right: dict[str, str]) -> None:
 def faults_of(seed: int, requests: int) -> list[Fault]:
     """Spread over the run, or (every other seed) all from one request on, which more attempts than four would pass."""
     rng = random.Random(seed)
-    faults = random_faults(rng, FAULTS, requests, [kind for kind in KINDS if kind != "flip"])
+    faults = random_faults(rng, FAULTS, requests, MEETABLE)
     if seed % 2:
         start = rng.randrange(requests)
         faults = [dataclasses.replace(fault, after=start) for fault in faults]
@@ -137,7 +141,7 @@ def test_a_run_among_faults_ends_right_or_in_words(
         monkeypatch.setattr(storage_s3, "CONFIG", IMPATIENT)
         proxy.plan(*faults_of(seed, requests))
         error = error_of(url)
-        assert "Somebody else" not in str(error), f"seed {seed}: there is one writer"
+        assert error is None or GAVE_UP.search(str(error)), f"seed {seed}: {error}"
         ends["in words" if error else "right"] += 1
         injected += proxy.injected
         monkeypatch.setattr(storage_s3, "CONFIG", S3Config())
@@ -149,7 +153,7 @@ def test_a_run_among_faults_ends_right_or_in_words(
         assert list_versions(open_store(url)) == [1]
     print(f"{requests} requests a run; {injected.total()} faults: {dict(injected)}; runs ended {dict(ends)}")
     assert injected.total() >= 0.7 * SEEDS * FAULTS
-    assert set(injected) == set(KINDS) - {"flip"}
+    assert set(injected) == set(MEETABLE)
     assert min(ends["right"], ends["in words"]) >= 2
 
 
