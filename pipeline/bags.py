@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pipeline.contract import BagMeta, CropConfig, MicaclError, Quarantined, Reason
 from pipeline.faces import Cut, Track, follow_faces, iter_instances
+from pipeline.phash import bag_phash
 from pipeline.video import RGB, Decode, read_frames
 
 MAX_FRAME_BYTES = 4 * 2**20
@@ -59,6 +60,7 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig) -> 
     chosen = [track.cuts[i * len(track.cuts) // count] for i in range(count)]
     runs = [[chosen[i] for i in run] for run in iter_instances(count, config.instances)]
     squares = [_square(run, config) for run in runs]
+    crops = [[_crop(cut, square, config.size) for cut in run] for run, square in zip(runs, squares, strict=True)]
     seconds = track.last_t_s - track.cuts[0].t_s
     meta = BagMeta(
         key=key,
@@ -72,11 +74,9 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig) -> 
         detector_score=round(track.score, 4),
         crop=config.hash,
         boxes=tuple((round(cx, 1), round(cy, 1), round(side, 1)) for cx, cy, side in squares),
+        phash=bag_phash([rgb_HWC for run in crops for rgb_HWC in run]),
     )
-    jpegs = tuple(
-        tuple(encode_jpeg(_crop(cut, square, config.size), config.jpeg_quality) for cut in run)
-        for run, square in zip(runs, squares, strict=True)
-    )
+    jpegs = tuple(tuple(encode_jpeg(rgb_HWC, config.jpeg_quality) for rgb_HWC in run) for run in crops)
     return Bag(meta, jpegs)
 
 

@@ -35,6 +35,8 @@ from pipeline.contract import (
 )
 from pipeline.storage import Store, open_store
 
+OF_COMMIT = ("version", "parent", "sha256")
+"""Fields of a version file that `commit` adds to the body."""
 _FILE = ("path", "sha256")
 _SHARD = ("path", "split", "label", "bags", "bytes")
 _VERSION_KEY = re.compile(r"versions/(\d{6})\.json$")
@@ -210,13 +212,19 @@ def commit(store: Store, body: dict[str, Any], parent: int | None = None) -> tup
         raise _late(store, known[-1] if known else 0)
     if known:
         number, newest, _ = read_version(store, known[-1])
-        if {k: v for k, v in newest.items() if k not in ("version", "parent")} == json.loads(canonical_json(body)):
+        if {k: v for k, v in newest.items() if k not in OF_COMMIT} == json.loads(canonical_json(body)):
             return number, False
     number = (known[-1] if known else 0) + 1
     full = {**body, "version": number, "parent": known[-1] if known else None}
+    full["sha256"] = body_sha256(full)
     if not store.put_if_absent(version_key(number), canonical_json(full).encode()):
         raise _late(store, number)
     return number, True
+
+
+def body_sha256(body: Mapping[str, Any]) -> str:
+    """Of a version file's other fields: nothing else lists the file, so it names its own hash."""
+    return digest(canonical_json({k: v for k, v in body.items() if k != "sha256"}).encode())
 
 
 def _late(store: Store, number: int) -> MicaclError:

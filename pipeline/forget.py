@@ -19,12 +19,10 @@ import pyarrow.compute as pc
 from pipeline.bags import Bag
 from pipeline.contract import MicaclError, Video, digest
 from pipeline.crop import bag_stub
-from pipeline.dataset import Dataset, bag_counts, commit, get_checked, open_dataset, read_index, write_index
+from pipeline.dataset import OF_COMMIT, Dataset, bag_counts, commit, get_checked, open_dataset, read_index, write_index
 from pipeline.pack import Member, ShardPlan
 from pipeline.shards import read_bag, read_bags, write_shard
 from pipeline.storage import Store
-
-_FROM_BODY = ("version", "parent")
 
 
 def forget(url: str, subjects: Sequence[str] = (), videos: Sequence[str] = (), delete: bool = False) -> dict[str, Any]:
@@ -100,7 +98,7 @@ def _commit_without(dataset: Dataset, keys: set[str]) -> tuple[int, bool, int]:
     """(version, whether it was written, shards rewritten). The newest version if it holds none of the keys already."""
     if not keys:
         return dataset.number, False, 0
-    old = {k: v for k, v in dataset.body.items() if k not in _FROM_BODY}
+    old = {k: v for k, v in dataset.body.items() if k not in OF_COMMIT}
     shards: list[dict[str, Any]] = []
     rewritten = 0
     for shard in old["shards"]:
