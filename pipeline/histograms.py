@@ -61,6 +61,7 @@ class Bar:
 class Histogram:
     """A chart and its numbers in words: least, quarter, median, three quarters, most."""
 
+    column: str
     title: str
     unit: str
     meaning: str
@@ -85,6 +86,7 @@ def histogram(values: pa.ChunkedArray, measure: Measure) -> Histogram | None:
     quarters = np.percentile(found, [0, 25, 50, 75, 100])
     middle = (float(np.clip(quarters[2], low, high)) - low) / (high - low) * WIDTH
     return Histogram(
+        column=measure.column,
         title=measure.title,
         unit=measure.unit,
         meaning=measure.meaning,

@@ -66,8 +66,8 @@ def leaks(index: pa.Table) -> Iterator[Leak]:
 
 def suspects(index: pa.Table) -> list[Suspect]:
     """Pairs of videos by their perceptual hashes, nearest first: probable, not certain (docs/decisions/0012)."""
-    place = pc.indices_nonzero(pc.not_equal(index["label"], UNLABELLED)).to_pylist()
-    rows = index.take(place)
+    labelled = pc.indices_nonzero(pc.not_equal(index["label"], UNLABELLED))
+    rows, place = index.take(labelled), labelled.to_pylist()
     sides, videos = _sides(rows), rows["video"].to_pylist()
     found: dict[tuple[str, str], Suspect] = {}
     for i, j, far in near_duplicates(rows["phash"].to_pylist(), sides):
