@@ -87,20 +87,20 @@ def _grid(frames_THWC: RGB | Sequence[RGB]) -> Ints:
     weights = np.array([77.0, 150.0, 29.0])
     small = [(rows_NH @ (frame_HWC @ weights) @ columns_NW.T) // (height * width) for frame_HWC in frames_THWC]
     cells = _shares(GRID, frames) @ np.stack(small).reshape(frames, GRID * GRID) // frames
-    return cells.reshape(GRID, GRID, GRID).astype(np.int64)
+    return np.asarray(cells.reshape(GRID, GRID, GRID), np.int64)
 
 
 def _shares(bins: int, length: int) -> NDArray[np.float64]:
     """(bins, length) overlap of each bin with each pixel, in 1/bins pixel: rows sum to length."""
     bin_edges, pixel_edges = np.arange(bins + 1)[:, None] * length, np.arange(length + 1)[None] * bins
     overlap = np.minimum(bin_edges[1:], pixel_edges[:, 1:]) - np.maximum(bin_edges[:-1], pixel_edges[:, :-1])
-    return np.maximum(overlap, 0).astype(np.float64)
+    return np.asarray(np.maximum(overlap, 0), np.float64)
 
 
 def _cosines(count: int, length: int) -> Ints:
     """(count, length) first rows of the DCT, rounded to 1/1024."""
     angle = np.pi * np.outer(np.arange(count), 2 * np.arange(length) + 1) / (2 * length)
-    return np.rint(_COSINE * np.cos(angle)).astype(np.int64)
+    return np.asarray(np.rint(_COSINE * np.cos(angle)), np.int64)
 
 
 def _words(hashes: Sequence[str]) -> NDArray[np.uint64]:
