@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.codec import encode_instance, member_count
 from pipeline.contract import BagMeta, CropConfig, Quarantined, Reason
 from pipeline.faces import Cut, Track, follow_faces, iter_instances
+from pipeline.phash import bag_phash
 from pipeline.video import RGB, Decode, read_frames
 
 
@@ -57,6 +58,7 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig) -> 
     chosen = [track.cuts[i * len(track.cuts) // count] for i in range(count)]
     runs = [[chosen[i] for i in run] for run in iter_instances(count, config.instances)]
     squares = [_square(run, config) for run in runs]
+    crops = [[_crop(cut, square, config.size) for cut in run] for run, square in zip(runs, squares, strict=True)]
     seconds = track.last_t_s - track.cuts[0].t_s
     meta = BagMeta(
         key=key,
@@ -71,11 +73,9 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig) -> 
         crop=config.hash,
         codec=config.codec,
         boxes=tuple((round(cx, 1), round(cy, 1), round(side, 1)) for cx, cy, side in squares),
+        phash=bag_phash([rgb_HWC for run in crops for rgb_HWC in run]),
     )
-    encoded = tuple(
-        encode_instance([_crop(cut, square, config.size) for cut in run], config.codec, config.jpeg_quality)
-        for run, square in zip(runs, squares, strict=True)
-    )
+    encoded = tuple(encode_instance(run, config.codec, config.jpeg_quality) for run in crops)
     return Bag(meta, encoded)
 
 

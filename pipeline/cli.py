@@ -1,7 +1,8 @@
 """The preprocessing verbs, and how every verb of the house speaks.
 
-Human words and progress go to stderr; the last line of stdout is one JSON object. Exit codes: 0 done, 2 bad input,
-3 done with more quarantined than allowed. Flags are the fields of the config classes, typed, by tyro.
+Human words and progress go to stderr; the last line of stdout is one JSON object. Exit codes: 0 done, 2 bad input or a
+damaged dataset, 3 done with more quarantined than allowed, 4 a dataset that is whole but leaks between splits. Flags
+are the fields of the config classes, typed, by tyro.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import tyro
 from pipeline.contract import CropConfig, MicaclError, PackConfig, require_at_least, require_between
 
 Arguments = list[str]
-EXIT_BAD_INPUT, EXIT_QUARANTINED, EXIT_INTERRUPTED = 2, 3, 130
+EXIT_BAD_INPUT, EXIT_QUARANTINED, EXIT_LEAK, EXIT_INTERRUPTED = 2, 3, 4, 130
 Raw = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RAW")]
 Names = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
 """`--flag a b --flag c`: a flag that is given twice adds to the first; a plain tuple would forget the first."""
@@ -226,20 +227,26 @@ def status(dataset: DatasetUrl) -> dict[str, Any]:
     return result
 
 
-def verify(dataset: DatasetUrl, version: int | None = None) -> dict[str, Any]:
-    """Check a dataset version; exit code 2 if there is a problem.
+def verify(dataset: DatasetUrl, version: int | None = None, strict: bool = False) -> dict[str, Any]:
+    """Check a dataset version. Exit code 2 if it is damaged; 4 if it is whole but a subject or a video is on two sides.
 
     Args:
         dataset: folder or s3://bucket/prefix.
         version: number; default the newest.
+        strict: suspected copies of one clip in two splits count as leaks too.
     """
     from pipeline.verify import verify_dataset
 
-    result = verify_dataset(absolute(dataset), version)
-    say(f"version {result['version']}: {result['bags']} bags read, {result['problems_found']} problems")
+    result = verify_dataset(absolute(dataset), version, say)
+    found = result["found"]
+    counts = ", ".join(f"{n} {severity}" for severity, n in found.items() if n) or "nothing wrong"
+    say(f"version {result['version']}: {result['bags']} bags read; {counts}")
+    for note in result["notes"]:
+        say(f"note: {note}")
     for problem in result["problems"]:
-        say(f"{problem['where']}: {problem['what']} {problem['remedy']}")
-    return {**result, "exit": 0 if result["ok"] else EXIT_BAD_INPUT}
+        say(f"{problem['severity']}: {problem['where']}: {problem['what']} {problem['remedy']}")
+    leaky = found["leak"] or (strict and found["suspect"])
+    return {**result, "exit": EXIT_BAD_INPUT if found["damage"] else EXIT_LEAK if leaky else 0}
 
 
 def report(dataset: DatasetUrl, out: Path = Path("report.html"), version: int | None = None) -> dict[str, Any]:

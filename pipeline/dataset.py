@@ -35,6 +35,8 @@ from pipeline.contract import (
 )
 from pipeline.storage import Store, open_store
 
+OF_COMMIT = ("version", "parent", "sha256")
+"""Fields of a version file that `commit` adds to the body."""
 _FILE = ("path", "sha256")
 _SHARD = ("path", "split", "label", "bags", "bytes")
 _VERSION_KEY = re.compile(r"versions/(\d{6})\.json$")
@@ -221,6 +223,7 @@ def commit(store: Store, body: dict[str, Any], parent: int | None = None) -> tup
         raise _late(store, newest)
     number = newest + 1
     full = {**body, "version": number, "parent": newest or None}
+    full["sha256"] = body_sha256(full)
     if not store.put_if_absent(version_key(number), canonical_json(full).encode()):
         _, theirs, _ = read_version(store, number)
         if _said(theirs) == _said(full):  # an equal run was faster, e.g. on top of another parent
@@ -237,7 +240,12 @@ def newest_version(store: Store) -> tuple[int, dict[str, Any] | None]:
 
 def _said(body: Mapping[str, Any]) -> dict[str, Any]:
     """What a version says, without its place among the others."""
-    return {k: v for k, v in body.items() if k not in ("version", "parent")}
+    return {k: v for k, v in body.items() if k not in OF_COMMIT}
+
+
+def body_sha256(body: Mapping[str, Any]) -> str:
+    """Of a version file's other fields: nothing else lists the file, so it names its own hash."""
+    return digest(canonical_json({k: v for k, v in body.items() if k != "sha256"}).encode())
 
 
 def _late(store: Store, number: int) -> MicaclError:

@@ -1,35 +1,36 @@
 """`micacl report`: one HTML page on a dataset version, for people who decide whether to train on it.
 
-The page is a function of the version alone (no time, no machine name), needs no script and loads nothing from
+The page is a function of what the version lists (no time, no machine name), needs no script and loads nothing from
 anywhere: styles are inline and pictures are data: URIs. Every name that came from outside is escaped by the template.
 """
 
 from __future__ import annotations
 
-import base64
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from typing import Any
 
 import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.bags import Bag
-from pipeline.codec import decode_instance, encode_jpeg
-from pipeline.contract import SPLITS, MicaclError, digest
+from pipeline.contract import SPLITS, MicaclError, part_name
 from pipeline.dataset import Dataset, get_checked, open_dataset
+from pipeline.histograms import HEIGHT, MEASURES, WIDTH, Histogram, histogram
+from pipeline.leakage import Suspect, leaks, suspects
 from pipeline.pack import UNLABELLED
-from pipeline.shards import read_bag
+from pipeline.pictures import Strip, strip_of, thumbnail
+from pipeline.verify import version_notes
 
-BAGS_PER_CLASS = 3
+BAGS_PER_CLASS = 6
 """On the contact sheet."""
+MAX_SUSPECTS = 12
+"""Pairs in pictures; the count is complete."""
 MAX_QUARANTINE_ROWS = 500
 """Of the table; the counts by reason are complete."""
-_PICTURE_QUALITY = 90
-"""Of a frame that is not stored as JPEG."""
+MAX_THUMBNAILS = 100
 _VIDEO_COUNTS = ("listed", "written", "quarantined", "forgotten")
 
 
@@ -42,19 +43,6 @@ class ClassCount:
     total: int
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Sample:
-    """One bag of the contact sheet."""
-
-    video: str
-    split: str
-    subject: str
-    seconds: float
-    pictures: tuple[str, ...] = ()
-    """One data: URI an instance."""
-    problem: str = ""
-
-
 def write_report(url: str, version: int | None = None) -> bytes:
     """The page of a version (the newest by default) in UTF-8. Same version, same bytes.
 
@@ -65,24 +53,28 @@ def write_report(url: str, version: int | None = None) -> bytes:
 
 
 def _template() -> jinja2.Template:
-    text = files("pipeline").joinpath("templates/report.html.j2").read_text("utf-8")
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    return environment.from_string(text)
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("pipeline"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    ).get_template("report.html.j2")
 
 
 def _page(dataset: Dataset) -> dict[str, Any]:
     """Everything the template says."""
     body, index = dataset.body, dataset.index
-    splits = sorted(body["counts"], key=lambda s: (SPLITS.index(s) if s in SPLITS else len(SPLITS), s))
+    splits = sorted(body["counts"], key=_split_order)
     counts = _class_counts(dataset, splits)
     records, note = _quarantine(dataset)
+    pairs = suspects(index)
     return {
         "dataset": dataset.store.root,
         "version": dataset.number,
         "parent": body.get("parent"),
         "sha256": dataset.sha256,
+        "notes": version_notes(body),
         "splits": splits,
         "counts": counts,
         "split_totals": [sum(c.by_split[i] for c in counts) for i in range(len(splits))],
@@ -96,12 +88,23 @@ def _page(dataset: Dataset) -> dict[str, Any]:
         "shards": len(body["shards"]),
         "crop": sorted((body.get("crop") or {}).items()),
         "detectors": _detectors(index),
+        "charts": _charts(index),
+        "chart": {"width": WIDTH, "height": HEIGHT},
         "sheet": [(c.label, _samples(dataset, c.label)) for c in counts if c.total],
+        "leaks": [str(leak).removeprefix("Leakage: ") for leak in leaks(index)],
+        "pairs": [_pair(dataset, pair) for pair in pairs[:MAX_SUSPECTS]],
+        "pairs_more": max(0, len(pairs) - MAX_SUSPECTS),
         "reasons": sorted((body.get("quarantined") or {}).items()),
         "quarantine": records[:MAX_QUARANTINE_ROWS],
         "quarantine_more": max(0, len(records) - MAX_QUARANTINE_ROWS),
         "quarantine_note": note,
     }
+
+
+def _split_order(name: str) -> tuple[int, int, str]:
+    """train, val, test, then fold-1, fold-2, ..., fold-10."""
+    number = re.search(r"(\d+)$", name)
+    return SPLITS.index(name) if name in SPLITS else len(SPLITS), int(number[1]) if number else 0, name
 
 
 def _class_counts(dataset: Dataset, splits: Sequence[str]) -> list[ClassCount]:
@@ -115,16 +118,17 @@ def _class_counts(dataset: Dataset, splits: Sequence[str]) -> list[ClassCount]:
 
 
 def _imbalance(counts: Sequence[ClassCount], splits: Sequence[str]) -> str:
-    """Largest class of train over the smallest, in words."""
-    if "train" not in splits:
+    """Largest class of what is trained on over the smallest, in words."""
+    folds = [i for i, split in enumerate(splits) if split not in SPLITS]
+    places, name = ([splits.index("train")], "train") if "train" in splits else (folds, "all folds together")
+    if not places:
         return "There is no train split."
-    place = splits.index("train")
-    train = [(c.by_split[place], c.label) for c in counts if c.label != UNLABELLED]
+    train = [(sum(c.by_split[i] for i in places), c.label) for c in counts if c.label != UNLABELLED]
     empty = [label for n, label in train if not n]
     if empty or not train:
-        return f"No bag in train for: {', '.join(empty) or 'any class'}. It cannot be trained on with this label set."
+        return f"No bag in {name} for: {', '.join(empty) or 'any class'}. It cannot be trained on with this label set."
     (low, rare), (high, common) = min(train), max(train)
-    return f"Imbalance of train: {high / low:.1f} ({common} {high}, {rare} {low})."
+    return f"Imbalance of {name}: {high / low:.1f} ({common} {high}, {rare} {low})."
 
 
 def _detectors(index: pa.Table) -> list[tuple[str, int, float]]:
@@ -133,45 +137,38 @@ def _detectors(index: pa.Table) -> list[tuple[str, int, float]]:
     return [(str(g["detector"]), int(g["count_all"]), float(g["detector_score_mean"])) for g in groups.to_pylist()]
 
 
-def _samples(dataset: Dataset, label: str) -> list[Sample]:
+def _charts(index: pa.Table) -> list[Histogram]:
+    charts = (histogram(index[measure.column], measure) for measure in MEASURES)
+    return [chart for chart in charts if chart is not None]
+
+
+def _samples(dataset: Dataset, label: str) -> list[Strip]:
     """A few bags of a class, spread evenly over its rows."""
     rows = dataset.index.filter(pc.equal(dataset.index["label"], label))
     count = min(BAGS_PER_CLASS, rows.num_rows)
     places = sorted({(2 * i + 1) * rows.num_rows // (2 * count) for i in range(count)})
-    return [_sample(dataset, row) for row in rows.take(places).to_pylist()]
+    return [_strip(dataset, row) for row in rows.take(places).to_pylist()]
 
 
-def _sample(dataset: Dataset, row: Mapping[str, Any]) -> Sample:
-    said = {"video": row["video"], "split": row["split"], "subject": row["subject"] or "", "seconds": row["seconds"]}
-    where = f"{dataset.store.url(row['shard'])} bag {row['key']}"
-    try:
-        span = dataset.store.read_range(row["shard"], row["offset"], row["size"])
-        if digest(span) != row["sha256"]:
-            return Sample(**said, problem="Its bytes are not the ones that were written: run micacl verify.")
-        return Sample(**said, pictures=_pictures(read_bag(span, where)))
-    except FileNotFoundError:
-        return Sample(**said, problem="Its shard is missing: run micacl verify.")
-    except MicaclError as error:
-        return Sample(**said, problem=error.cause)
+def _pair(dataset: Dataset, pair: Suspect) -> tuple[Strip, Strip, int]:
+    one, other = (_strip(dataset, row) for row in dataset.index.take(list(pair.rows)).to_pylist())
+    return one, other, pair.distance
 
 
-def _pictures(bag: Bag) -> tuple[str, ...]:
-    """The middle frame of each instance as a data: URI. Only what decodes gets onto the page."""
-    pictures = []
-    for i, members in enumerate(bag.encoded):
-        middle = bag.meta.instance_frames[i] // 2
-        (frame_HWC,) = decode_instance(members, bag.meta, i, [middle])
-        pictures.append(members[middle] if bag.meta.codec == "jpeg" else encode_jpeg(frame_HWC, _PICTURE_QUALITY))
-    return tuple(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in pictures)
+def _strip(dataset: Dataset, row: Mapping[str, Any]) -> Strip:
+    return strip_of(dataset, row, part_name(row["split"], row["fold"]))
 
 
 def _quarantine(dataset: Dataset) -> tuple[list[dict[str, str]], str]:
-    """The quarantined videos, and what is to be said if their list cannot be read."""
+    """The quarantined videos with their pictures, and what is to be said if their list cannot be read."""
     listed = dataset.body.get("quarantine")
     if not listed:
         return [], ""
     try:
         lines = get_checked(dataset.store, listed["path"], listed["sha256"]).decode().splitlines()
-        return [{k: str(v) for k, v in json.loads(line).items()} for line in lines], ""
     except MicaclError as error:
         return [], f"The list cannot be shown: {error.cause}"
+    records = [{k: str(v) for k, v in json.loads(line).items()} for line in lines]
+    for i, record in enumerate(records):
+        record["picture"] = thumbnail(dataset.store, record.get("object", "")) if i < MAX_THUMBNAILS else ""
+    return records, ""

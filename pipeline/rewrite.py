@@ -16,19 +16,17 @@ import pyarrow.compute as pc
 from pipeline.bags import Bag
 from pipeline.contract import MicaclError, digest
 from pipeline.crop import bag_stub
-from pipeline.dataset import Dataset, bag_counts, get_checked, read_index, write_index
+from pipeline.dataset import OF_COMMIT, Dataset, bag_counts, get_checked, read_index, write_index
 from pipeline.erase import lists_without
 from pipeline.pack import Member, ShardPlan
 from pipeline.shards import read_bag, write_shard
 from pipeline.storage import Store
 from pipeline.tombstones import forgotten_of
 
-_FROM_COMMIT = ("version", "parent")
-
 
 def old_body(dataset: Dataset) -> dict[str, Any]:
     """What a version says, less what its commit added."""
-    return {k: v for k, v in dataset.body.items() if k not in _FROM_COMMIT}
+    return {k: v for k, v in dataset.body.items() if k not in OF_COMMIT}
 
 
 def body_without(dataset: Dataset, here: pa.Table, videos: Collection[str], stones: Collection[str]) -> dict[str, Any]:

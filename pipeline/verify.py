@@ -1,20 +1,25 @@
 """`micacl verify`: read a dataset version whole and name everything that is wrong with it.
 
-    version file ──> each index file (hash) ──> each shard (once) ──> each bag: hash, meta = index row, frames
-                 └─> over all rows: counts, keys, labels, leakage of subjects and videos between splits
+    version file (its own hash) ──> each index file (hash) ──> each shard (once) ──> each bag: hash, meta = index row,
+                 │                                                                            frame headers
+                 ├─> quarantine list (hash), counts of videos
+                 └─> over all rows: counts, keys, labels; people, videos and copies on two sides (pipeline/leakage.py)
 
 Nothing here stops at the first problem, and nothing is repaired: each problem says what, where and the remedy. Of a
 JPEG the header is decoded, not the pixels (the bag's sha256 says that they are the ones that were written); H.264 is
-decoded whole.
+decoded whole. Memory holds one shard a reader, and the index.
 """
 
 from __future__ import annotations
 
+import importlib
 import json
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
@@ -22,8 +27,25 @@ import pyarrow.compute as pc
 
 from pipeline.bags import Bag
 from pipeline.codec import find_fault
-from pipeline.contract import MicaclError, digest, part_name
-from pipeline.dataset import INDEX_SCHEMA, read_index, read_version, version_key
+from pipeline.contract import (
+    SCHEMA_VERSION,
+    MicaclError,
+    canonical_json,
+    digest,
+    json_object,
+    part_name,
+    require_schema,
+)
+from pipeline.dataset import (
+    INDEX_SCHEMA,
+    body_sha256,
+    get_checked,
+    list_versions,
+    read_index,
+    read_version,
+    version_key,
+)
+from pipeline.leakage import leaks, suspects
 from pipeline.pack import UNLABELLED
 from pipeline.shards import read_bag
 from pipeline.storage import Store, open_store
@@ -33,6 +55,9 @@ MAX_PROBLEMS = 100
 _READERS = 4
 _END_BYTES = 1024
 """Of a tar: two zero blocks."""
+_SAY_EVERY_S = 5.0
+_UNFIT = (AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What reading something that is not ours may raise."""
 
 REPACK = (
     "Delete this shard and its index file and run the same `micacl prepare` again: it makes both anew from the crops. "
@@ -41,6 +66,21 @@ REPACK = (
 RECOMMIT = "Do not use this version; run the same `micacl prepare` again, which commits a new one."
 _DELETE_VERSION = "Delete that version file and run the same `micacl prepare` again, which commits a new one."
 RESPLIT = "Give the split of each video in the table so that none is on both sides, and run `micacl prepare` again."
+_LOOK = (
+    "Look at both (`micacl report` shows them side by side). If they are one clip, put both on one side in the table "
+    "or leave one out, and run `micacl prepare` again; if not, nothing needs to be done."
+)
+_PUBLISHED = ("dfew", "ferv39k")
+
+Say = Callable[[str], None]
+
+
+class Severity(StrEnum):
+    """How bad a problem is, the worst first."""
+
+    DAMAGE = "damage"  # bytes are not the ones that were written, or do not fit together: do not use it
+    LEAK = "leak"  # whole, but by what the source says, scores on it would be too good
+    SUSPECT = "suspect"  # perhaps a leak: two clips look and move alike; a person must look
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,9 +91,10 @@ class Problem:
     where: str
     """URL of an object, with the bag's key where one bag is meant."""
     remedy: str
+    severity: Severity = Severity.DAMAGE
 
     def to_json(self) -> dict[str, str]:
-        return {"what": self.what, "where": self.where, "remedy": self.remedy}
+        return {"severity": self.severity.value, "what": self.what, "where": self.where, "remedy": self.remedy}
 
 
 @dataclass(slots=True)
@@ -65,42 +106,76 @@ class _ShardCheck:
     problems: list[Problem] = field(default_factory=list)
 
 
-def verify_dataset(url: str, version: int | None = None) -> dict[str, Any]:
-    """Check a version (the newest by default) against its own files.
+def verify_dataset(url: str, version: int | None = None, say: Say | None = None) -> dict[str, Any]:
+    """Check a version (the newest by default) against its own files. `say` gets a line every few seconds.
 
-    Returns {"ok", "version", "bags", "bytes" (of shards, read), "problems" (at most MAX_PROBLEMS), "problems_found"}.
+    Returns {"ok" (neither damage nor leak), "version", "bags", "bytes" (of shards, read), "problems" (at most
+    MAX_PROBLEMS, the worst first), "problems_found", "found" (by severity), "notes"}.
     Raises MicaclError if the bucket or the version is not there.
     """
     store = open_store(url)
-    try:
-        number, body, _ = read_version(store, version)
-        shards = [_shard_entry(shard) for shard in body["shards"]]
-        told = {split: dict(of_split) for split, of_split in body["counts"].items()}
-        labels = [str(label) for label in body["labels"]]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"A version file is not what `prepare` writes: {type(error).__name__}: {error}."
-        return _result(version, 0, 0, [Problem(what=what, where=store.url("versions/"), remedy=_DELETE_VERSION)])
+    number, data = _version_bytes(store, version)
     where = store.url(version_key(number))
-    with ThreadPoolExecutor(_READERS) as pool:
-        checks = list(pool.map(lambda shard: _check_shard(store, shard), shards))
+    try:
+        body = json_object(data, where)
+        require_schema(body.get("schema"), where)
+        shards = [_shard_entry(shard) for shard in body["shards"]]
+        told = {str(part): {str(k): int(n) for k, n in of.items()} for part, of in body["counts"].items()}
+        labels = [str(label) for label in body["labels"]]
+    except (MicaclError, *_UNFIT) as error:
+        why = error.cause if isinstance(error, MicaclError) else f"{type(error).__name__}: {error}."
+        what = f"The version file is not what `prepare` writes. {why}"
+        return _result(number, 0, 0, [Problem(what=what, where=where, remedy=_DELETE_VERSION)], [])
+    checks = _check_shards(store, shards, say)
     rows = pa.concat_tables([c.rows for c in checks]) if checks else INDEX_SCHEMA.empty_table()
     problems = [
-        *_check_version(number, body, where),
+        *_check_version(number, body, data, where),
         *(problem for check in checks for problem in check.problems),
         *_check_rows(rows, told, labels, where),
         *_check_crop_hash(rows, body, where),
+        *_check_videos(store, rows, body, where),
+        *_check_sides(rows, where),
     ]
-    return _result(number, rows.num_rows, sum(c.bytes for c in checks), problems)
+    return _result(number, rows.num_rows, sum(c.bytes for c in checks), problems, version_notes(body))
 
 
-def _result(number: int | None, bags: int, size: int, problems: Sequence[Problem]) -> dict[str, Any]:
+def _version_bytes(store: Store, version: int | None) -> tuple[int, bytes]:
+    """Number and bytes of a version file. Raises MicaclError if there is none."""
+    store.check()
+    known = list_versions(store)
+    if not known or (version is not None and version not in known):
+        read_version(store, version)  # refuses in words
+    number = version or known[-1]
+    return number, store.get(version_key(number))
+
+
+def version_notes(body: Mapping[str, Any]) -> list[str]:
+    """What is worth knowing and no problem: the layout of the source, differences from its published counts."""
+    source = body.get("source")
+    if not isinstance(source, Mapping):
+        return []
+    notes = [str(source["layout"])] if source.get("layout") else []
+    if source.get("kind") in _PUBLISHED:
+        try:
+            published = importlib.import_module("pipeline.sources.published")
+        except ModuleNotFoundError:
+            return notes
+        notes += [str(line) for line in published.differences(source["kind"], body["counts"])]
+    return notes
+
+
+def _result(number: int, bags: int, size: int, problems: Sequence[Problem], notes: Sequence[str]) -> dict[str, Any]:
+    ordered = sorted(problems, key=lambda p: list(Severity).index(p.severity))
+    found = {severity.value: sum(p.severity == severity for p in problems) for severity in Severity}
     return {
-        "ok": not problems,
+        "ok": not found[Severity.DAMAGE] and not found[Severity.LEAK],
         "version": number,
         "bags": bags,
         "bytes": size,
-        "problems": [p.to_json() for p in problems[:MAX_PROBLEMS]],
+        "problems": [p.to_json() for p in ordered[:MAX_PROBLEMS]],
         "problems_found": len(problems),
+        "found": found,
+        "notes": list(notes),
     }
 
 
@@ -111,12 +186,38 @@ def _shard_entry(shard: Mapping[str, Any]) -> dict[str, Any]:
     return {**words, "bags": int(shard["bags"]), "bytes": int(shard["bytes"]), "index": index}
 
 
-def _check_version(number: int, body: Mapping[str, Any], where: str) -> Iterator[Problem]:
+def _check_version(number: int, body: Mapping[str, Any], data: bytes, where: str) -> Iterator[Problem]:
+    if body.get("sha256") != body_sha256(body) or canonical_json(body).encode() != data:
+        what = "The version file is not the one that was written: its content does not have the sha256 that it names."
+        yield Problem(what=what, where=where, remedy=_DELETE_VERSION)
     if body.get("version") != number:
         yield Problem(what=f"It says version {body.get('version')}, its name {number}.", where=where, remedy=RECOMMIT)
     paths = Counter(shard["path"] for shard in body["shards"])
     for path in sorted(path for path, times in paths.items() if times > 1):
         yield Problem(what=f"It lists {path} more than once.", where=where, remedy=RECOMMIT)
+
+
+def _check_shards(store: Store, shards: Sequence[Mapping[str, Any]], say: Say | None) -> list[_ShardCheck]:
+    """Every shard, a few at a time."""
+    done: list[_ShardCheck] = []
+    start = last = time.monotonic()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for check in pool.map(lambda shard: _check_shard(store, shard), shards):
+            done.append(check)
+            now = time.monotonic()
+            if say and now - last >= _SAY_EVERY_S:
+                last = now
+                say(_progress(done, len(shards), now - start))
+    return done
+
+
+def _progress(done: Sequence[_ShardCheck], total: int, seconds: float) -> str:
+    size, problems = sum(c.bytes for c in done), sum(len(c.problems) for c in done)
+    left = seconds * (total - len(done)) / len(done)
+    return (
+        f"checked {len(done)}/{total} shards, {size / 1e6:.0f} MB at {size / 1e6 / max(seconds, 1e-3):.0f} MB/s, "
+        f"{problems} problems, {left:.0f} s left"
+    )
 
 
 def _check_shard(store: Store, shard: Mapping[str, Any]) -> _ShardCheck:
@@ -130,7 +231,7 @@ def _check_shard(store: Store, shard: Mapping[str, Any]) -> _ShardCheck:
             check.problems.append(Problem(what=what, where=index_url, remedy=REPACK))
     try:
         data = store.get(shard["path"])
-    except (FileNotFoundError, MicaclError) as error:
+    except (OSError, ValueError, MicaclError) as error:
         what = "The shard is missing." if isinstance(error, FileNotFoundError) else str(error)
         check.problems.append(Problem(what=what, where=shard_url, remedy=REPACK))
         return check
@@ -148,11 +249,12 @@ def _read_rows(store: Store, shard: Mapping[str, Any]) -> Iterator[tuple[str, pa
     except FileNotFoundError:
         yield "The index file is missing.", None
         return
-    except MicaclError as error:
+    except (OSError, ValueError, MicaclError) as error:
         yield str(error), None
         return
-    if digest(data) != shard["index"]["sha256"]:
+    if digest(data) != shard["index"]["sha256"]:  # what somebody else wrote is not parsed
         yield f"The index file has sha256 {digest(data)[:12]}…, listed is {shard['index']['sha256'][:12]}….", None
+        return
     try:
         yield "", read_index(data)
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
@@ -231,12 +333,6 @@ def _check_rows(
     for key in keys.filter(pc.greater(keys["count_all"], 1))["key"].to_pylist():
         shards = sorted(set(rows.filter(pc.equal(rows["key"], key))["shard"].to_pylist()))
         yield Problem(what=f"The bag {key} is there twice, in {', '.join(shards)}.", where=where, remedy=RECOMMIT)
-    # A bag without a label is neither trained on nor scored, so it leaks nothing.
-    labelled = rows.filter(pc.not_equal(rows["label"], UNLABELLED))
-    for column in ("subject", "video"):
-        for name, splits in _in_many_splits(labelled, column):
-            what = f"Leakage: the {column} {name!r} is in {' and '.join(splits)}."
-            yield Problem(what=what, where=where, remedy=RESPLIT)
 
 
 def _count(rows: pa.Table) -> dict[str, dict[str, int]]:
@@ -246,16 +342,51 @@ def _count(rows: pa.Table) -> dict[str, dict[str, int]]:
     return out
 
 
-def _in_many_splits(rows: pa.Table, column: str) -> Iterable[tuple[str, list[str]]]:
-    named = rows.filter(pc.is_valid(rows[column]))
-    groups = named.group_by(column).aggregate([("split", "distinct")])
-    many = groups.filter(pc.greater(pc.list_value_length(groups["split_distinct"]), 1)).sort_by(column)
-    return [(row[column], sorted(row["split_distinct"])) for row in many.to_pylist()]
-
-
 def _check_crop_hash(rows: pa.Table, body: Mapping[str, Any], where: str) -> Iterator[Problem]:
     """Every bag was cut by the settings that the version names."""
     said = json.dumps(dict(body.get("crop") or {}).get("hash"))
     for other in sorted({json.dumps(value) for value in pc.unique(rows["crop"]).to_pylist()} - {said}):
         what = f"It says that crops are of settings {said}, but the index has bags of settings {other}."
         yield Problem(what=what, where=where, remedy=RECOMMIT)
+    crop = {k: v for k, v in dict(body.get("crop") or {}).items() if k != "hash"}
+    named = json.dumps(digest(canonical_json({"schema": SCHEMA_VERSION, **crop}).encode())[:12])
+    if named != said:
+        what = f"Its crop settings have the hash {named}, it says {said}."
+        yield Problem(what=what, where=where, remedy=RECOMMIT)
+
+
+def _check_videos(store: Store, rows: pa.Table, body: Mapping[str, Any], where: str) -> Iterator[Problem]:
+    """Every video of the source is written, quarantined or forgotten: the counts add up and the list has the rest."""
+    videos, reasons = dict(body.get("videos") or {}), dict(body.get("quarantined") or {})
+    parts = [int(videos.get(name, 0)) for name in ("written", "quarantined", "forgotten")]
+    if sum(parts) != videos.get("listed"):
+        what = "It lists {} videos, but {} written, {} quarantined and {} forgotten.".format(
+            videos.get("listed"), *parts
+        )
+        yield Problem(what=what, where=where, remedy=RECOMMIT)
+    have = len(pc.unique(rows["video"]))
+    if have != parts[0]:
+        yield Problem(
+            what=f"It says {parts[0]} videos gave bags, the index files have {have}.", where=where, remedy=RECOMMIT
+        )
+    listed = body.get("quarantine")
+    if not listed:
+        return
+    url = store.url(str(listed["path"]))
+    try:
+        lines = get_checked(store, str(listed["path"]), str(listed["sha256"])).decode().splitlines()
+        counted = Counter(str(json.loads(line)["reason"]) for line in lines)
+    except (MicaclError, OSError, *_UNFIT) as error:
+        what = error.cause if isinstance(error, MicaclError) else f"The quarantine list cannot be read ({error})."
+        yield Problem(what=what, where=url, remedy=RECOMMIT)
+        return
+    if counted != Counter(reasons) or counted.total() != parts[1]:
+        what = f"The list has {counted.total()} videos ({dict(sorted(counted.items()))}), the version says {parts[1]}"
+        yield Problem(what=f"{what} ({reasons}).", where=url, remedy=RECOMMIT)
+
+
+def _check_sides(rows: pa.Table, where: str) -> Iterator[Problem]:
+    for leak in leaks(rows):
+        yield Problem(what=str(leak), where=where, remedy=RESPLIT, severity=Severity.LEAK)
+    for pair in suspects(rows):
+        yield Problem(what=str(pair), where=where, remedy=_LOOK, severity=Severity.SUSPECT)
