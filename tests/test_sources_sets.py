@@ -296,6 +296,7 @@ def test_ferv39k_as_distributed(raw: LocalStore, root: str, lists: str) -> None:
     fill(raw, ["4_setups/22_scenes/Action/train.txt"])
     source = found(raw)
     assert (source.kind, source.labels) == ("ferv39k", DFEW_LABELS)
+    assert source.layout.endswith(f"--frames aligned: folders of frames in {root}/.")
     assert any("test: 1 clips, 7847 are published" in note for note in source.notes)
     check_ferv(rows(raw), root)
 
