@@ -92,6 +92,7 @@ def evaluate(
     model: Model,
     dataset: DatasetUrl,
     split: str = "test",
+    fold: int | None = None,
     out: str | None = None,
     version: int | None = None,
     workers: int = 1,
@@ -104,6 +105,7 @@ def evaluate(
         model: a run or a bundle: folder or s3://bucket/prefix.
         dataset: folder or s3://bucket/prefix.
         split: train, val or test.
+        fold: test fold of a dataset in folds; default the one that was kept out of training.
         out: where the files go; default MODEL/evaluation/SPLIT.
         version: dataset version; default the newest.
         workers: ranks that share the clips.
@@ -112,12 +114,14 @@ def evaluate(
     """
     from cluster.evaluate import evaluate as job
     from micacl.bundle import load_model
+    from micacl.evaluate import kept_out_fold
     from pipeline.dataset import open_dataset
     from pipeline.ray_local import ray_session
 
     require_at_least(1, ("--workers", workers))
     out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
-    bundle, opened = load_model(absolute(model)), open_dataset(absolute(dataset), version)
+    bundle = load_model(absolute(model))
+    opened = open_dataset(absolute(dataset), version, kept_out_fold(bundle.config, fold))
     opened.split(split)
     with ray_session(address=address, num_cpus=workers):
         result = job(bundle, opened, split, out_url=out, workers=workers, gpu=gpu)

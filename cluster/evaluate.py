@@ -25,7 +25,7 @@ def evaluate(
     """
     clips, model_url, dataset_url = dataset.split(split).num_rows, bundle.url, dataset.store.root
     rank_task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_score)
-    said = (model_url, bundle.origin["step"], dataset_url, dataset.number, split)
+    said = (model_url, bundle.origin["step"], dataset_url, dataset.number, dataset.fold, split)
     parts = [rank_task.remote(*said, rank, workers) for rank in range(workers)]
     try:
         scored = [one for part in ray.get(parts) for one in part]
@@ -38,6 +38,7 @@ def evaluate(
         "origin": dict(bundle.origin),
         "dataset": {"url": dataset_url, "version": dataset.number, "sha256": dataset.sha256},
         "split": split,
+        "fold": dataset.fold,
         **scores.to_dict(),
     }
     store.put("scores.json", canonical_json(summary).encode())
@@ -47,9 +48,9 @@ def evaluate(
 
 
 def _score(
-    model_url: str, step: int, dataset_url: str, version: int, split: str, rank: int, ranks: int
+    model_url: str, step: int, dataset_url: str, version: int, fold: int | None, split: str, rank: int, ranks: int
 ) -> list[Scored]:
-    return list(score_rank(load_model(model_url, step), open_dataset(dataset_url, version), split, rank, ranks))
+    return list(score_rank(load_model(model_url, step), open_dataset(dataset_url, version, fold), split, rank, ranks))
 
 
 def _table(scored: list[Scored], dataset: Dataset) -> bytes:

@@ -89,7 +89,7 @@ def check_run(
     dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None
 ) -> TrainData:
     """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
-    data = train_data(open_dataset(dataset_url, version), config)
+    data = train_data(open_dataset(dataset_url, version, config.train.fold, config.train.where), config)
     if config.plan.global_batch % scaling.workers:
         raise MicaclError(
             f"--plan.global-batch {config.plan.global_batch} is no multiple of --scaling.workers {scaling.workers}.",
@@ -176,7 +176,10 @@ def _first_difference(a: Any, b: Any, at: str = "") -> str:
 
 
 def _version(data: TrainData) -> dict[str, Any]:
-    return {"version": data.dataset.number, "sha256": data.dataset.sha256}
+    train = data.config.train
+    said = {"fold": train.fold, "where": train.where or None}
+    said = {name: value for name, value in said.items() if value is not None}
+    return {"version": data.dataset.number, "sha256": data.dataset.sha256, **said}
 
 
 def _worker(job: dict[str, Any]) -> None:
@@ -198,7 +201,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     scaling: ScalingConfig = from_dict(ScalingConfig, job["scaling"])
     torch.set_num_threads(scaling.cpus_per_worker)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    data = train_data(open_dataset(job["dataset"], job["version"]), config)
+    data = train_data(open_dataset(job["dataset"], job["version"], config.train.fold, config.train.where), config)
     engine = _engine(config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
     start = _resume(engine, data, job["run"])

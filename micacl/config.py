@@ -27,6 +27,10 @@ class TrainConfig(OptimConfig):
     seed: int = 0
     """Of the weights and of dropout; the plan has its own."""
     split: str = "train"
+    fold: int | None = None
+    """Of a dataset in folds (DFEW, MAFW): the test fold, which is not trained on."""
+    where: str = ""
+    """Bags that are trained on, e.g. `face_px >= 48` (docs/data.md); all by default. Evaluation takes all."""
     log_every: int = 10
     """Steps."""
     checkpoint_every: int = 200

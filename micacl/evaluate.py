@@ -12,6 +12,7 @@ import torch
 
 from micacl.batch import collate
 from micacl.bundle import Bundle
+from micacl.config import RunConfig
 from micacl.metrics import Confusion, Scores
 from micacl.predictor import forward
 from micacl.train.data import require_labels
@@ -31,6 +32,18 @@ class Scored:
     truth: int
     predicted: int
     probabilities: tuple[float, ...]
+
+
+def kept_out_fold(config: RunConfig, fold: int | None) -> int | None:
+    """The fold to score on: the one that training left out. Raises MicaclError for another one."""
+    trained = config.train.fold
+    if fold is not None and trained is not None and fold != trained:
+        raise MicaclError(
+            f"--fold is {fold}, but the model was trained with fold {trained} kept out.",
+            f"It has seen the test clips of fold {fold}; their score would say nothing.",
+            f"Leave --fold out, or train another run with --train.fold {fold}.",
+        )
+    return trained if fold is None else fold
 
 
 def score_rank(bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1) -> Iterator[Scored]:

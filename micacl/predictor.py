@@ -1,8 +1,8 @@
 """Videos -> probabilities: the one place that does it. Batch, online and tests call this and nothing else.
 
-    bytes ──pipeline.bags.video_to_bags──> bags (JPEG, as in a shard) ──decode, eval transform──> model ──> softmax
+    bytes ──pipeline.bags.video_to_bags──> bags (encoded, as in a shard) ──decode, eval transform──> model ──> softmax
 
-The bags pass through JPEG exactly as training's did, so that a model meets the pixels it was trained on.
+The bags pass through the codec exactly as training's did, so that a model meets the pixels it was trained on.
 """
 
 from __future__ import annotations
@@ -69,8 +69,7 @@ class Predictor:
     def classify(self, bags: Sequence[Bag]) -> list[FacePrediction]:
         """One prediction a bag, in order."""
         clips = [
-            Clip(decode_bag(b, self.bundle.config.stream.frames, None), -1, b.meta.key, n, (0, 0))
-            for n, b in enumerate(bags)
+            Clip(decode_bag(b, self.bundle.config.stream, None), -1, b.meta.key, n, (0, 0)) for n, b in enumerate(bags)
         ]
         parts = [clips[i : i + _CLIPS_PER_FORWARD] for i in range(0, len(clips), _CLIPS_PER_FORWARD)]
         out: list[FacePrediction] = []

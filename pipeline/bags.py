@@ -5,8 +5,8 @@
     crop              one square for each instance: the median centre and side of its frames
 
 One square for a whole instance: aligning every frame by its own detection makes the crop tremble with the
-detector's noise, and a model takes that trembling for motion. Frames are stored as JPEG; whoever reads them
-(training, batch, online) reads the same bytes, so the three see the same pixels.
+detector's noise, and a model takes that trembling for motion. Frames are stored encoded (pipeline/codec.py); whoever
+reads them (training, batch, online) reads the same bytes, so the three see the same pixels.
 """
 
 from __future__ import annotations
@@ -16,26 +16,24 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-import simplejpeg
-from numpy.typing import NDArray
 
-from pipeline.contract import BagMeta, CropConfig, MicaclError, Quarantined, Reason
+from pipeline.codec import encode_instance, member_count
+from pipeline.contract import BagMeta, CropConfig, Quarantined, Reason
 from pipeline.faces import Cut, Track, follow_faces, iter_instances
 from pipeline.video import RGB, Decode, read_frames
-
-MAX_FRAME_BYTES = 4 * 2**20
-MAX_SIDE = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Bag:
-    """A bag as it is stored: the JPEGs of each instance in time order, and what is known of it."""
+    """A bag as it is stored: the encoded frames of each instance, and what is known of it."""
 
     meta: BagMeta
-    jpegs: tuple[tuple[bytes, ...], ...]
+    encoded: tuple[tuple[bytes, ...], ...]
+    """The members of each instance in time order: one a frame for jpeg, one in all for h264 (pipeline/codec.py)."""
 
     def __post_init__(self) -> None:
-        assert tuple(map(len, self.jpegs)) == self.meta.instance_frames, "the frame counts of a bag are its own"
+        counts = [member_count(self.meta.codec, frames) for frames in self.meta.instance_frames]
+        assert [len(members) for members in self.encoded] == counts, "the frame counts of a bag are its own"
 
 
 def video_to_bags(data: bytes, *, name: str, video_id: str, config: CropConfig) -> tuple[list[Bag], Decode]:
@@ -71,13 +69,14 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig) -> 
         detector=config.detector,
         detector_score=round(track.score, 4),
         crop=config.hash,
+        codec=config.codec,
         boxes=tuple((round(cx, 1), round(cy, 1), round(side, 1)) for cx, cy, side in squares),
     )
-    jpegs = tuple(
-        tuple(encode_jpeg(_crop(cut, square, config.size), config.jpeg_quality) for cut in run)
+    encoded = tuple(
+        encode_instance([_crop(cut, square, config.size) for cut in run], config.codec, config.jpeg_quality)
         for run, square in zip(runs, squares, strict=True)
     )
-    return Bag(meta, jpegs)
+    return Bag(meta, encoded)
 
 
 def _square(run: Sequence[Cut], config: CropConfig) -> tuple[float, float, float]:
@@ -99,25 +98,3 @@ def _crop(cut: Cut, square: tuple[float, float, float], size: int) -> RGB:
     )
     how = cv2.INTER_AREA if edge > size else cv2.INTER_LINEAR
     return np.asarray(cv2.resize(patch, (size, size), interpolation=how), np.uint8)
-
-
-def encode_jpeg(rgb_HWC: RGB, quality: int) -> bytes:
-    """4:2:0 baseline JPEG. cv2 encodes it better than simplejpeg at the same size (docs/decisions)."""
-    done, data = cv2.imencode(".jpg", rgb_HWC[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, quality])
-    assert done, "encoding a uint8 image in memory cannot fail"
-    return data.tobytes()
-
-
-def decode_jpeg(data: bytes, where: str = "a frame") -> NDArray[np.uint8]:
-    """(H, W, 3) uint8 RGB. Size is checked before decoding. Raises MicaclError."""
-    try:
-        height, width, _, _ = simplejpeg.decode_jpeg_header(data)
-        if len(data) > MAX_FRAME_BYTES or max(height, width) > MAX_SIDE:
-            raise ValueError(f"{len(data)} bytes, {width}x{height} px")
-        return np.asarray(simplejpeg.decode_jpeg(data, colorspace="RGB"), np.uint8)
-    except ValueError as error:
-        raise MicaclError(
-            f"{where} is not a JPEG within the caps ({error}).",
-            "The bag cannot be used.",
-            "Run `micacl verify URL` to find out whether the shard was changed.",
-        ) from error

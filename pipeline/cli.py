@@ -25,6 +25,8 @@ from pipeline.contract import CropConfig, MicaclError, PackConfig, require_at_le
 Arguments = list[str]
 EXIT_BAD_INPUT, EXIT_QUARANTINED, EXIT_INTERRUPTED = 2, 3, 130
 Raw = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RAW")]
+Names = Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction]
+"""`--flag a b --flag c`: a flag that is given twice adds to the first; a plain tuple would forget the first."""
 DatasetUrl = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DATASET")]
 
 
@@ -202,7 +204,15 @@ def prepare(
 
     config = PrepareConfig(test_share=test_share, crop=crop, pack=pack)
     session = functools.partial(ray_session, address=address, num_cpus=workers)
-    result = job(found.videos(), words, absolute(dataset), config, say, session)
+    result = job(
+        found.videos(),
+        words,
+        absolute(dataset),
+        config,
+        say,
+        session,
+        source={"kind": found.kind, "layout": found.layout},
+    )
     listed, bad = result["videos"]["listed"], result["videos"]["quarantined"]
     if bad > max_quarantined * listed:
         say(f"{bad} of {listed} videos are quarantined, more than --max-quarantined {max_quarantined:g}.")
@@ -257,22 +267,43 @@ def report(dataset: DatasetUrl, out: Path = Path("report.html"), version: int | 
 
 
 def forget(
-    dataset: DatasetUrl, subject: tuple[str, ...] = (), video: tuple[str, ...] = (), delete: bool = False
+    dataset: DatasetUrl,
+    subject: Names = (),
+    video: Names = (),
+    delete: bool = False,
+    ahead: bool = False,
+    runs: Names = (),
+    dry_run: bool = False,
+    lift: bool = False,
 ) -> dict[str, Any]:
-    """Commit a new version without some subjects or videos.
+    """Commit a new version without some subjects or videos, which keeps them out of later ones.
 
     Args:
         dataset: folder or s3://bucket/prefix.
         subject: names of subjects.
         video: names of videos, as the index has them.
-        delete: also delete the shards, index files and crops that held them.
+        delete: also delete the shards, index files, lists and crops that held them.
+        ahead: also take names that the dataset does not know yet.
+        runs: folders or s3://bucket/prefix below which runs and bundles that were trained on them are looked for.
+        dry_run: show what would be done, and the models; write and delete nothing.
+        lift: the other way round: let `prepare` take them again.
     """
     from pipeline.forget import forget as job
+    from pipeline.forget import lift as job_lift
 
-    result = job(absolute(dataset), subject, video, delete=delete)
-    say(
-        f"version {result['version']} is without {result['bags']} bags of {result['videos']} videos. {result['remedy']}"
-    )
+    subjects, videos, urls = ([name for group in groups for name in group] for groups in (subject, video, runs))
+    if lift and (delete or ahead or dry_run or urls):
+        raise MicaclError(
+            "--lift True stands with --delete, --ahead, --dry-run or --runs.",
+            "Nothing was done.",
+            "To lift takes names only: --subject, --video.",
+        )
+    if lift:
+        result = job_lift(absolute(dataset), subjects, videos)
+    else:
+        where = [absolute(url) for url in urls]
+        result = job(absolute(dataset), subjects, videos, delete, ahead=ahead, dry_run=dry_run, runs=where)
+    say(str(result["text"]))
     return result
 
 

@@ -288,7 +288,7 @@ def json_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object from outside. Raises MicaclError on anything else."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise foreign(what, error) from error
     if not isinstance(value, dict):
         raise foreign(what, TypeError(f"a {type(value).__name__}"))

@@ -146,7 +146,7 @@ def fetch_video(video: Video, config: CropConfig) -> bytes:
 
 def bag_stub(bag: Bag) -> BagStub:
     """What the planner of shards needs of a bag, the same before and after pack."""
-    plain = Bag(bag.meta.said(), bag.jpegs)
+    plain = Bag(bag.meta.said(), bag.encoded)
     blocks = write_members(bag_members(plain))
     return BagStub(key=bag.meta.key, sha256=digest(blocks), size=len(blocks), columns=_columns(plain.meta))
 

@@ -79,6 +79,8 @@ class Dataset:
     sha256: str
     index: pa.Table
     """INDEX_SCHEMA, ordered by shard then offset: the row number is the bag's number everywhere."""
+    fold: int | None = None
+    """The fold that is seen as `test`, if one was chosen."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -91,7 +93,7 @@ class Dataset:
             raise MicaclError(
                 f"{self.store.root} version {self.number} is in folds.",
                 f"Without a fold it has no split {name!r}.",
-                "Choose the test fold with --fold (1, 2, ...).",
+                "Choose the test fold (1, 2, ...): `micacl train` with --train.fold, `micacl evaluate` with --fold.",
             )
         if not rows.num_rows:
             raise MicaclError(
@@ -137,11 +139,12 @@ def require_shape(body: Mapping[str, Any], where: str) -> None:
         _ = [of_split.items() for of_split in body["counts"].values()], [*body["labels"]]
 
 
-def open_dataset(url: str, version: int | None = None, fold: int | None = None) -> Dataset:
+def open_dataset(url: str, version: int | None = None, fold: int | None = None, where: str = "") -> Dataset:
     """Open a dataset for reading. Index files are hash-checked. Raises MicaclError.
 
     Args:
         fold: for datasets in folds (DFEW, MAFW): bags of this fold are seen as split `test`, all others as `train`.
+        where: only bags of which this holds, e.g. `face_px >= 48` (pipeline/where.py).
     """
     store = open_store(url)
     number, body, sha256 = read_version(store, version)
@@ -154,7 +157,13 @@ def open_dataset(url: str, version: int | None = None, fold: int | None = None) 
         tables = list(pool.map(load, body["shards"]))
     index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
     index = index.combine_chunks()
-    return Dataset(store, number, body, sha256, index if fold is None else _fold_as_split(index, fold, store.root))
+    if fold is not None:
+        index = _fold_as_split(index, fold, store.root)
+    if where:
+        from pipeline.where import parse_where  # it knows the index's columns from here
+
+        index = index.filter(pa.array(parse_where(where).mask(index)))
+    return Dataset(store, number, body, sha256, index, fold)
 
 
 def _fold_as_split(index: pa.Table, fold: int, where: str) -> pa.Table:

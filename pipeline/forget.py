@@ -1,224 +1,257 @@
-"""`micacl forget`: a new version without some subjects or videos.
+"""`micacl forget`: a new version without some subjects or videos, for good.
 
-    newest version ──> shards that hold them ──> the same shards without those bags ──> commit
-                       all others: listed as they were
+    newest version ──> shards and lists that hold them ──> the same without them ──> commit, with their tombstones
+                       all others: listed as they were                           └─> --delete: the bytes, everywhere
 
 Nothing is decoded and no other shard is read. A rewritten shard has the name that `prepare` would give to the same
-bags. Which checkpoints and bundles were trained on what was forgotten is not looked up here.
+bags. The version's `forgotten` keeps them out of the next `prepare` (pipeline/tombstones.py). Everything that has to be
+known is looked up before anything is written, and a command that was stopped is finished by the same command.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.bags import Bag
-from pipeline.contract import MicaclError, Video, digest
-from pipeline.crop import bag_stub
-from pipeline.dataset import Dataset, bag_counts, commit, get_checked, open_dataset, read_index, write_index
-from pipeline.pack import Member, ShardPlan
-from pipeline.shards import read_bag, read_bags, write_shard
-from pipeline.storage import Store
+from pipeline.contract import MicaclError, Video, part_name
+from pipeline.dataset import INDEX_SCHEMA, Dataset, commit, open_dataset
+from pipeline.erase import (
+    BY_VIDEO,
+    Rows,
+    erase,
+    finish_erasures,
+    holders,
+    holding,
+    listed_keys,
+    pending_erasures,
+    read_rows,
+    read_who,
+    video_id_of,
+)
+from pipeline.leftovers import Outcome, checklist, to_text
+from pipeline.rewrite import body_without, old_body
+from pipeline.storage import LocalStore, Store
+from pipeline.tombstones import forgotten_of, tombstone, tombstones
+from pipeline.trained_on import Held, held_by_versions, trained_on
 
-_FROM_BODY = ("version", "parent")
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """All that is looked up before anything is written."""
+
+    who: Rows
+    videos: frozenset[str]
+    """Names of the videos that were named or show a named subject."""
+    ahead: tuple[str, ...]
+    """Names that no file of the dataset knows."""
+    held: list[Held]
+    """What each version held of them."""
+    models: dict[str, Any] | None
+    """From `trained_on`; None where no URL was given."""
 
 
-def forget(url: str, subjects: Sequence[str] = (), videos: Sequence[str] = (), delete: bool = False) -> dict[str, Any]:
-    """Commit a version without `subjects` and `videos` (names as the index has them).
+def forget(
+    url: str,
+    subjects: Sequence[str] = (),
+    videos: Sequence[str] = (),
+    delete: bool = False,
+    *,
+    ahead: bool = False,
+    dry_run: bool = False,
+    runs: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Commit a version without `subjects` and `videos` (names as the index has them) that keeps them out from now on.
 
-    With `delete`, every shard and index file that holds one of their bags is deleted after the commit, whichever
-    version lists it or none, and so are the crops of those videos. Older version files stay: they then list objects
-    that are gone, and `verify` of such a version says so. Run again after it was stopped half way, it deletes the rest.
     Without `delete`, older versions stay readable and still hold them.
 
-    Returns {"dataset", "version", "committed", "videos", "bags", "shards_rewritten", "deleted", "remedy"}.
-    Raises MicaclError for a name that is not there, or if somebody else commits at the same time.
+    Args:
+        delete: after the commit, delete every shard, index file, list and crop that holds one of their videos, in
+            whichever version or none. Older version files stay: they then list objects that are gone.
+        ahead: names that the dataset does not know are taken too, so that `prepare` will leave them out.
+        dry_run: look everything up, write and delete nothing.
+        runs: URLs below which runs, bundles and evaluations that held them are looked for.
+
+    Returns {"dataset", "version", "committed", "dry_run", "videos", "bags", "quarantined", "ahead", "shards_rewritten",
+    "deleted", "held" (by version, before: {"version", "sha256", "parts", "bags"}), "models" (from `trained_on`),
+    "remains" (a checklist of {"what", "where", "do"}), "text"}.
+    Raises MicaclError for a name that is not there, if somebody else commits at the same time, or if what an object
+    holds cannot be told; then nothing was committed or deleted.
     """
     _require_some(subjects, videos)
     dataset = open_dataset(url)
     store = dataset.store
-    rows = pa.concat_tables([dataset.index, *_other_rows(dataset)]) if delete else dataset.index
-    _require_known(rows, "subject", subjects, store)
-    _require_known(rows, "video", videos, store)
-    gone = rows.filter(_match(rows, subjects, videos))
-    names = sorted(set(gone["video"].to_pylist()))
-    here = dataset.index.filter(_match(dataset.index, subjects, names))
-    number, new, rewritten = _commit_without(dataset, set(here["key"].to_pylist()))
+    keys = _finish_stopped(dataset, dry_run=dry_run)
+    found = _look_up(dataset, subjects, videos, ahead=ahead, runs=runs)
+    more = holders(store, found.who, found.videos) if delete else []
+    here = dataset.index.filter(holding(dataset.index, found.videos))
+    number, new = dataset.number, False
+    if not dry_run:
+        body = body_without(dataset, here, found.videos, tombstones(subjects, [*videos, *found.videos]))
+        number, new = commit(store, body, parent=dataset.number)
+        more = [key for key in more if key not in listed_keys(body)]
+        erase(store, more)
+    done = Outcome(
+        dataset=store.root,
+        version=number,
+        dry_run=dry_run,
+        delete=delete,
+        videos=tuple(sorted(found.videos)),
+        ahead=found.ahead,
+        bags=here.num_rows,
+        quarantined=_quarantined(dataset, found),
+        deleted=tuple(dict.fromkeys([*keys, *more])),
+        held=tuple(one.number for one in found.held if one.rows.num_rows),
+        broken=tuple(one.number for one in found.held if one.lost),
+        models=found.models,
+        unattributed=_unattributed(store, found.who),
+        nameless=sum(rows["subject"].null_count for rows in _lists(found.who)) if subjects else 0,
+        temporaries=_temporaries(store),
+        still=tuple(holders(store, read_who(store), found.videos)) if delete and not dry_run else (),
+    )
     return {
-        "dataset": store.root,
-        "version": number,
+        **{name: getattr(done, name) for name in ("dataset", "version", "dry_run", "bags", "quarantined", "models")},
+        **{name: list(getattr(done, name)) for name in ("videos", "ahead", "deleted")},
         "committed": new,
-        "videos": names,
-        "bags": here.num_rows,
-        "shards_rewritten": rewritten,
-        "deleted": _delete(store, names) if delete else [],
-        "remedy": _remedy(delete),
+        "shards_rewritten": len(set(here["shard"].to_pylist())),
+        "held": [_said_of(one) for one in found.held if one.rows.num_rows],
+        "remains": checklist(done),
+        "text": to_text(done),
     }
 
 
-def _remedy(delete: bool) -> str:
-    raw = (
-        "Delete the raw videos too, or take them out of the table: while they are in the raw bucket the next "
-        "`micacl prepare` brings them back."
+def lift(url: str, subjects: Sequence[str] = (), videos: Sequence[str] = ()) -> dict[str, Any]:
+    """Commit a version that does not keep out `subjects` and `videos` any more; the next `prepare` takes them again.
+
+    Of a subject, the videos that files of the dataset still name are lifted with it. Nothing that was deleted comes
+    back by itself.
+
+    Returns {"dataset", "version", "committed", "lifted" (digests), "forgotten" (digests left), "text"}.
+    Raises MicaclError for a name that is not forgotten, or if somebody else commits at the same time.
+    """
+    _require_some(subjects, videos)
+    dataset = open_dataset(url)
+    _finish_stopped(dataset, dry_run=False)
+    forgotten = forgotten_of(dataset.body)
+    for kind, names in (("subject", subjects), ("video", videos)):
+        for name in names:
+            if tombstone(kind, name) not in forgotten:
+                raise MicaclError(
+                    f"The {kind} {name!r} is not forgotten in {dataset.store.root}.",
+                    "Nothing was lifted, nor were the other names that were given.",
+                    "Check the name: the list holds digests, so no near names can be shown.",
+                )
+    lifted = forgotten & tombstones(subjects, [*videos, *_videos_of(read_who(dataset.store), subjects)])
+    left = sorted(forgotten - lifted)
+    number, new = commit(dataset.store, {**old_body(dataset), "forgotten": left}, parent=dataset.number)
+    text = (
+        f"Version {number} does not keep them out any more ({len(lifted)} digests lifted, {len(left)} left). The next "
+        "`micacl prepare` takes their raw videos again; one that it still counts as forgotten is lifted with --video."
     )
-    if delete:
-        return f"{raw} A bucket that keeps old object versions needs a lifecycle rule that expires them."
-    return f"{raw} Older versions still list them: run `micacl forget` with --delete to remove the bytes."
+    return {
+        "dataset": dataset.store.root,
+        "version": number,
+        "committed": new,
+        "lifted": sorted(lifted),
+        "forgotten": left,
+        "text": text,
+    }
 
 
 def _require_some(subjects: Sequence[str], videos: Sequence[str]) -> None:
     if not subjects and not videos:
-        raise MicaclError("No subject and no video was named.", "Nothing was forgotten.", "Use --subject or --video.")
+        raise MicaclError("No subject and no video was named.", "Nothing was done.", "Use --subject or --video.")
 
 
-def _require_known(rows: pa.Table, column: str, wanted: Sequence[str], store: Store) -> None:
-    """Every name is in the column. A typo must not end as "done"."""
-    if not wanted:
-        return
-    known = {str(name) for name in pc.unique(rows[column]).to_pylist() if name is not None}
-    for name in wanted:
-        if name not in known:
-            near = get_close_matches(name, known, n=3, cutoff=0.4)
-            raise MicaclError(
-                f"{store.root} has no {column} {name!r}.",
-                "Nothing was forgotten, nor were the other names that were given.",
-                f"Did you mean {' or '.join(near)}?" if near else f"It has {len(known)} {column}s; check the name.",
-            )
+def _finish_stopped(dataset: Dataset, *, dry_run: bool) -> list[str]:
+    """Keys that a `forget` which was stopped had still to delete; deleted now unless `dry_run`."""
+    listed = listed_keys(dataset.body)
+    if not dry_run:
+        return finish_erasures(dataset.store, listed)
+    return [key for keys in pending_erasures(dataset.store, listed).values() for key in keys]
 
 
-def _match(rows: pa.Table, subjects: Sequence[str], videos: Sequence[str]) -> pa.ChunkedArray:
-    """True for the bags of these subjects or videos, shape (rows,)."""
-    of_subject = pc.is_in(rows["subject"], pa.array(subjects, pa.string()))
-    return pc.or_(of_subject, pc.is_in(rows["video"], pa.array(videos, pa.string())))
+def _look_up(
+    dataset: Dataset, subjects: Sequence[str], videos: Sequence[str], *, ahead: bool, runs: Sequence[str]
+) -> _Found:
+    """Raises MicaclError for an unknown name, an unreadable list, or a wrong URL in `runs`."""
+    store = dataset.store
+    who = read_who(store)
+    forgotten = forgotten_of(dataset.body)
+    missing: list[str] = []
+    for kind, names in (("subject", subjects), ("video", videos)):
+        known = {str(name) for rows in who.values() for name in pc.unique(rows[kind]).to_pylist() if name is not None}
+        for name in names:
+            if name in known or tombstone(kind, name) in forgotten:
+                continue
+            if not ahead:
+                raise _unknown(store, kind, name, known)
+            missing.append(name)
+    wanted = _videos_of(who, subjects) | {v for rows in who.values() for v in _among(rows, videos)}
+    with_rows = {k: read_rows(store, k) for k, r in who.items() if k.startswith("index/") and _among(r, wanted)}
+
+    def rows_of(key: str) -> pa.Table | None:
+        if key not in who:
+            return None
+        rows = with_rows.get(key)
+        return INDEX_SCHEMA.empty_table() if rows is None else rows.filter(holding(rows, wanted))
+
+    held = held_by_versions(store, rows_of)
+    models = trained_on(store, held, runs) if runs else None
+    return _Found(who=who, videos=frozenset(wanted), ahead=tuple(missing), held=held, models=models)
 
 
-def _commit_without(dataset: Dataset, keys: set[str]) -> tuple[int, bool, int]:
-    """(version, whether it was written, shards rewritten). The newest version if it holds none of the keys already."""
-    if not keys:
-        return dataset.number, False, 0
-    old = {k: v for k, v in dataset.body.items() if k not in _FROM_BODY}
-    shards: list[dict[str, Any]] = []
-    rewritten = 0
-    for shard in old["shards"]:
-        rows = read_index(get_checked(dataset.store, shard["index"]["path"], shard["index"]["sha256"]))
-        kept = [row for row in rows.to_pylist() if row["key"] not in keys]
-        if len(kept) == rows.num_rows:
-            shards.append(shard)
-        elif kept:
-            shards.append(_rewrite(dataset.store, shard, kept))
-            rewritten += 1
-    body = {
-        **old,
-        "shards": sorted(shards, key=lambda s: str(s["path"])),
-        "counts": bag_counts(shards),
-        "videos": _video_counts(old["videos"], dataset.index, keys),
-    }
-    number, new = commit(dataset.store, body, parent=dataset.number)
-    return number, new, rewritten
-
-
-def _rewrite(store: Store, shard: Mapping[str, Any], kept: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Write the shard of the kept rows and its index file; returns its entry in the version."""
-    data = store.get(shard["path"])
-    bags = [_checked_bag(data, row, store.url(shard["path"])) for row in kept]
-    plan = ShardPlan(
-        split=shard["split"],
-        fold=shard.get("fold"),
-        label=shard["label"],
-        members=tuple(_member(bag) for bag in bags),
-    )
-    tar, spans = write_shard(bags)
-    rows = {row["key"]: row for row in kept}
-    index = write_index(
-        [{**rows[s.key], "shard": plan.path, "offset": s.offset, "size": s.size, "sha256": s.sha256} for s in spans]
-    )
-    store.put(plan.path, tar)
-    store.put(plan.index_path, index)
+def _videos_of(who: Rows, subjects: Sequence[str]) -> set[str]:
+    """Videos that any file of the dataset says to show one of the subjects."""
+    values = pa.array(subjects, pa.string())
     return {
-        **shard,
-        "path": plan.path,
-        "bags": len(bags),
-        "bytes": len(tar),
-        "index": {"path": plan.index_path, "sha256": digest(index)},
+        str(v) for rows in who.values() for v in rows.filter(pc.is_in(rows["subject"], values))["video"].to_pylist()
     }
 
 
-def _checked_bag(data: bytes, row: Mapping[str, Any], url: str) -> Bag:
-    span = data[row["offset"] : row["offset"] + row["size"]]
-    if digest(span) != row["sha256"]:
-        raise MicaclError(
-            f"{url} bag {row['key']} has another sha256 than the index says.",
-            "Nothing was forgotten: a damaged bag is not copied.",
-            "`micacl verify URL` names all damage; `micacl prepare` makes a deleted shard anew from the crops.",
-        )
-    return read_bag(span, url)
+def _among(rows: pa.Table, videos: Collection[str]) -> set[str]:
+    return set(rows.filter(holding(rows, videos))["video"].to_pylist())
 
 
-def _member(bag: Bag) -> Member:
-    """As the planner of shards sees a bag, so that the shard has the name that `prepare` would give it."""
-    stub = bag_stub(bag)
-    return Member(
-        key=stub.key, sha256=stub.sha256, size=stub.size, crop="", subject=bag.meta.subject, scene=bag.meta.scene
+def _unknown(store: Store, kind: str, name: str, known: Collection[str]) -> MicaclError:
+    """A typo must not end as "done"."""
+    near = get_close_matches(name, known, n=3, cutoff=0.4)
+    mean = f"Did you mean {' or '.join(near)}?" if near else f"It has {len(known)} {kind}s; check the name."
+    return MicaclError(
+        f"{store.root} has no {kind} {name!r}.",
+        "Nothing was forgotten, nor were the other names that were given.",
+        f"{mean} --ahead True forgets a name that was not prepared yet.",
     )
 
 
-def _video_counts(old: Mapping[str, int], index: pa.Table, keys: set[str]) -> dict[str, int]:
-    held = pc.is_in(index["key"], pa.array(sorted(keys), pa.string()))
-    kept = set(index.filter(pc.invert(held))["video"].to_pylist())
-    gone = set(index.filter(held)["video"].to_pylist()) - kept
-    return {**old, "written": len(kept), "forgotten": old.get("forgotten", 0) + len(gone)}
+def _quarantined(dataset: Dataset, found: _Found) -> int:
+    """Videos of the newest version's quarantine list that are to go."""
+    rows = found.who.get(str(dict(dataset.body.get("quarantine") or {}).get("path")))
+    return 0 if rows is None else len(_among(rows, found.videos))
 
 
-def _other_rows(dataset: Dataset) -> Iterator[pa.Table]:
-    """Rows of index files that the newest version does not list: older versions, and runs that were stopped."""
-    listed = {shard["index"]["path"] for shard in dataset.body["shards"]}
-    for entry in dataset.store.list("index/"):
-        if entry.key not in listed:
-            yield _read_any_index(dataset.store, entry.key)
+def _said_of(held: Held) -> dict[str, Any]:
+    """A version that held them: who finds a model later can tell by it whether that was trained on them."""
+    seen = zip(held.rows["split"].to_pylist(), held.rows["fold"].to_pylist(), strict=True)
+    parts = sorted({part_name(split, fold) for split, fold in seen})
+    return {"version": held.number, "sha256": held.sha256, "parts": parts, "bags": held.rows.num_rows}
 
 
-def _read_any_index(store: Store, key: str) -> pa.Table:
-    try:
-        return read_index(store.get(key))
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise MicaclError(
-            f"{store.url(key)} cannot be read as an index file ({error}).",
-            "It is not known whose bags its shard holds, so nothing was deleted.",
-            "Delete it and the shard of the same name, then run the same command again.",
-        ) from error
+def _lists(who: Rows) -> Iterable[pa.Table]:
+    return [rows for key, rows in who.items() if not key.startswith("index/")]
 
 
-def _delete(store: Store, videos: Sequence[str]) -> list[str]:
-    """Delete every object that holds a bag of these videos. Returns the keys.
-
-    A shard's index file says what the shard holds, so it goes last: whoever is stopped here can start again.
-    """
-    keys = list(_holders(store, set(videos)))
-    for key in keys:
-        store.delete(key)
-    return keys
+def _unattributed(store: Store, who: Rows) -> int:
+    """Crops of videos that no index file and no list names."""
+    names = {str(name) for rows in who.values() for name in pc.unique(rows["video"]).to_pylist()}
+    ids = {Video(url="", name=name).id for name in names}
+    return sum(video_id_of(entry.key) not in ids for folder in BY_VIDEO for entry in store.list(folder))
 
 
-def _holders(store: Store, videos: set[str]) -> Iterator[str]:
-    """Keys of shards without an index file (a pack that was stopped), crops, then shards each with its index file."""
-    shards: dict[str, set[str]] = {}
-    indexed: set[str] = set()
-    for key in sorted(entry.key for entry in store.list("index/")):
-        rows = _read_any_index(store, key)
-        paths = {path for path in rows["shard"].to_pylist() if path.startswith("shards/")}
-        indexed |= paths
-        if videos & set(rows["video"].to_pylist()):
-            shards[key] = paths
-    for key in sorted(entry.key for entry in store.list("shards/")):
-        if key not in indexed and any(b.meta.video in videos for b in read_bags(store.get(key), store.url(key))):
-            yield key
-    ids = {Video(url="", name=name).id for name in videos}
-    for key in sorted(entry.key for entry in store.list("crops/")):
-        if key.rpartition("/")[2].partition(".")[0] in ids:
-            yield key
-    for index_key, paths in shards.items():
-        yield from (*sorted(paths), index_key)
+def _temporaries(store: Store) -> int:
+    return sum(1 for _ in Path(store.root).rglob(".tmp-*")) if isinstance(store, LocalStore) else 0

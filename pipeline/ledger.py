@@ -12,6 +12,7 @@ import contextlib
 import json
 import sqlite3
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from itertools import islice
@@ -66,6 +67,8 @@ class Ledger:
         self._keep = keep
         self._sql = sqlite3.connect(path, isolation_level=None)
         self._sql.executescript(_TABLES)
+        self._counts = dict.fromkeys(("listed", "done", "written", "quarantined", "bags"), 0)
+        self._reasons: Counter[str] = Counter()
 
     def close(self) -> None:
         self._sql.close()
@@ -81,6 +84,7 @@ class Ledger:
                 self._sql.executemany("INSERT INTO videos (place, name, video, label, object) VALUES (?,?,?,?,?)", rows)
             except sqlite3.IntegrityError as error:
                 raise self._twice(rows) from error
+            self._counts["listed"] += len(rows)
 
     def _twice(self, rows: list[tuple[int, str, str, str | None, str]]) -> MicaclError:
         seen: set[int] = set()
@@ -130,31 +134,41 @@ class Ledger:
         group = (video.split, video.fold or 0, folder_name(video.label or UNLABELLED), row[0])
         values = [(*group, m.key, m.size, canonical_json(asdict(m))) for m, _ in rows]
         self._sql.executemany("INSERT INTO bags VALUES (?,?,?,?,?,?,?)", values)
+        self._count(len(rows), reason)
+
+    def _count(self, bags: int, reason: str | None) -> None:
+        """Kept while records come in: to count a million rows for each progress line would take longer than they do."""
+        for name, more in (("done", 1), ("written", bags > 0), ("quarantined", reason is not None), ("bags", bags)):
+            self._counts[name] += more
+        if reason is not None:
+            self._reasons[reason] += 1
 
     def todo(self) -> Iterator[Video]:
         """Videos without a record, by place."""
         for (text,) in self._rows("SELECT video FROM videos WHERE record IS NULL ORDER BY place"):
             yield Video.from_json(text)
 
-    def records(self) -> Iterator[CropRecord]:
-        """By place: the same order whatever came first."""
-        for (text,) in self._rows("SELECT record FROM videos WHERE record NOTNULL ORDER BY place"):
-            yield CropRecord.from_json(text)
+    def records(self) -> Iterator[tuple[CropRecord, str | None]]:
+        """With the video's subject, by place: the same order whatever came first."""
+        for video, text in self._rows("SELECT video, record FROM videos WHERE record NOTNULL ORDER BY place"):
+            yield CropRecord.from_json(text), Video.from_json(video).subject
 
-    def quarantined(self) -> Iterator[tuple[CropRecord, str]]:
-        """Records of videos that give nothing to pack, each with its reason, by name."""
-        for text, reason in self._rows("SELECT record, reason FROM videos WHERE reason NOTNULL ORDER BY name"):
-            yield CropRecord.from_json(text), reason
+    def quarantined(self) -> Iterator[dict[str, str]]:
+        """Videos that give nothing to pack, by name: video, reason, detail, object (the crop), subject if known."""
+        for video, text, reason in self._rows(
+            "SELECT video, record, reason FROM videos WHERE reason NOTNULL ORDER BY name"
+        ):
+            record, subject = CropRecord.from_json(text), Video.from_json(video).subject
+            said = {"video": record.video, "reason": reason, "detail": record.detail, "object": record.object}
+            yield said if subject is None else {**said, "subject": subject}
 
     def counts(self) -> dict[str, int]:
         """Videos: listed, done (have a record), written (have a bag to pack), quarantined; and bags."""
-        query = "SELECT COUNT(*), COUNT(record), TOTAL(bags > 0), COUNT(reason), TOTAL(bags) FROM videos"
-        found = self._sql.execute(query).fetchone()
-        return dict(zip(("listed", "done", "written", "quarantined", "bags"), map(int, found), strict=True))
+        return dict(self._counts)
 
     def reasons(self) -> dict[str, int]:
-        query = "SELECT reason, COUNT(*) FROM videos WHERE reason NOTNULL GROUP BY reason ORDER BY reason"
-        return dict(self._sql.execute(query).fetchall())
+        """Quarantined videos by reason, sorted."""
+        return dict(sorted(self._reasons.items()))
 
     def plans(self, config: PackConfig) -> Iterator[ShardPlan]:
         """Every shard, class by class: the plan that `pack.plan_shards` makes, one shard at a time in memory."""

@@ -184,7 +184,7 @@ def _gather(plan: ShardPlan, store: Store) -> Iterator[Bag]:
             raise _unusable(store, member.crop, f"does not hold the bag {member.key} as it was cropped")
         label = None if plan.label == UNLABELLED else plan.label
         said = bag.meta.said(label=label, split=plan.split, fold=plan.fold, subject=member.subject, scene=member.scene)
-        yield Bag(said, bag.jpegs)
+        yield Bag(said, bag.encoded)
 
 
 def _crop_of(store: Store, key: str) -> list[Bag]:

@@ -40,6 +40,8 @@ from pipeline.pack import Member, ShardPlan, pack_shard
 from pipeline.records import read_records, write_records
 from pipeline.sources import assign_split
 from pipeline.storage import Store, open_store
+from pipeline.tombstones import forgotten_of, is_forgotten
+from pipeline.where import PACK_COLUMNS, parse_where
 from pipeline.worklist import read_videos, write_worklist
 
 _VIDEOS_PER_TASK = 4
@@ -74,12 +76,14 @@ def prepare(
     config: PrepareConfig,
     say: Progress,
     session: Session = contextlib.nullcontext,
+    source: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Run the job. Returns counts for the JSON line.
 
     Args:
         videos: from a source, in any order; read once and not kept.
         labels: the label set in order; ("auto",) takes the words that are there, sorted.
+        source: kind and layout of the raw bucket, for the version file; nothing that changes where it is mounted.
         session: makes Ray usable for a while (`ray_session`); entered only if there is work for it.
 
     Raises MicaclError if no video gives a bag, or if somebody else commits meanwhile; nothing is visible to readers
@@ -87,9 +91,11 @@ def prepare(
     """
     store = open_store(dataset_url)
     parent, before = newest_version(store)
-    with open_ledger() as ledger, contextlib.ExitStack() as stack:
+    stay_out = _StayOut(forgotten_of(before or {}))
+    keep = parse_where(config.pack.where, PACK_COLUMNS).holds
+    with open_ledger(keep) as ledger, contextlib.ExitStack() as stack:
         enter = functools.cache(lambda: stack.enter_context(session()))
-        ledger.add(_listed(videos, labels, config, say))
+        ledger.add(_listed(stay_out.let_in(videos), labels, config, say))
         labels = tuple(ledger.labels()) if labels == ("auto",) else labels
         say(f"{ledger.counts()['listed']} videos listed")
         _take_over(ledger, store, before, config.crop, say)
@@ -108,10 +114,12 @@ def prepare(
             rows=bag_counts(shards),
             crop={**dataclasses.asdict(config.crop), "hash": config.crop.hash},
             pack={**dataclasses.asdict(config.pack), "test_share": config.test_share},
-            videos={name: counts[name] for name in ("listed", "written", "quarantined")},
+            videos=_video_counts(counts, stay_out.videos),
             quarantined=ledger.reasons(),
             quarantine=_write_quarantine(store, ledger),
             records=write_records(store, ledger.records()),
+            **({"source": dict(source)} if source else {}),
+            **({"forgotten": sorted(stay_out.forgotten)} if stay_out.forgotten else {}),
         )
     number, new = commit(store, body, parent)
     say(f"version {number} {'committed' if new else 'is there already and says the same: nothing was written'}")
@@ -126,6 +134,27 @@ def prepare(
         "bags": body["counts"],
         "quarantined": body["quarantined"],
     }
+
+
+@dataclass(slots=True)
+class _StayOut:
+    """Videos that `micacl forget` took out do not come back."""
+
+    forgotten: frozenset[str]
+    videos: int = 0
+
+    def let_in(self, videos: Iterable[Video]) -> Iterator[Video]:
+        for video in videos:
+            if self.forgotten and is_forgotten(video, self.forgotten):
+                self.videos += 1
+            else:
+                yield video
+
+
+def _video_counts(counts: Mapping[str, int], forgotten: int) -> dict[str, int]:
+    """listed = written + quarantined + forgotten."""
+    out = {name: counts[name] for name in ("listed", "written", "quarantined")}
+    return {**out, "listed": out["listed"] + forgotten, "forgotten": forgotten} if forgotten else out
 
 
 def _listed(
@@ -295,10 +324,7 @@ def _reasons(ledger: Ledger) -> str:
 
 def _write_quarantine(store: Store, ledger: Ledger) -> dict[str, str]:
     """One JSON line a video: name, reason, detail, crop. Named by its content, so equal runs write equal objects."""
-    lines = [
-        canonical_json({"video": r.video, "reason": reason, "detail": r.detail, "object": r.object})
-        for r, reason in ledger.quarantined()
-    ]
+    lines = [canonical_json(said) for said in ledger.quarantined()]
     data = "".join(f"{line}\n" for line in lines).encode()
     key = f"quarantine/{digest(data)[:32]}.jsonl"
     store.put_if_absent(key, data)

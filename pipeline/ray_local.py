@@ -58,15 +58,16 @@ def ray_session(
     with _private_files() as folder:
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            object_store_memory=object_store_mb * 2**20,
-            include_dashboard=False,
-            logging_level=logging.ERROR,
-            log_to_driver=False,  # what a person should read comes back as results and progress lines
-            _temp_dir=str(folder),
-        )
+        with _in_words():
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                object_store_memory=object_store_mb * 2**20,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=False,  # what a person should read comes back as results and progress lines
+                _temp_dir=str(folder),
+            )
         try:
             yield "private"
         finally:
@@ -108,6 +109,19 @@ def _undisturbed() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@contextlib.contextmanager
+def _in_words() -> Iterator[None]:
+    """A Ray that does not come up is no failure of ours. Raises MicaclError."""
+    try:
+        yield
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
+        raise MicaclError(
+            f"Ray did not start on this machine: {str(error).splitlines()[0]}",
+            "Nothing was run.",
+            "A busy machine can be too slow for it: run the same command again, or join a cluster (--address).",
+        ) from error
 
 
 def _require_answer(address: str) -> None:

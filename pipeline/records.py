@@ -21,14 +21,18 @@ from pipeline.storage import Store
 FILE_RECORDS = 8192
 
 
-def write_records(store: Store, records: Iterable[CropRecord]) -> list[dict[str, str]]:
-    """Write the records in the order given. Returns the files as the version lists them. Same records, same bytes."""
+def write_records(store: Store, records: Iterable[tuple[CropRecord, str | None]]) -> list[dict[str, str]]:
+    """Write records, each with the video's subject, in the order given. Returns the files as the version lists them.
+
+    Same records, same bytes.
+    """
     files, rest = [], iter(records)
     while part := list(islice(rest, FILE_RECORDS)):
         columns = {
-            "video": pa.array([r.video for r in part], pa.string()),
-            "object": pa.array([r.object for r in part], pa.string()),
-            "record": pa.array([r.to_json() for r in part], pa.string()),
+            "video": pa.array([r.video for r, _ in part], pa.string()),
+            "subject": pa.array([subject for _, subject in part], pa.string()),
+            "object": pa.array([r.object for r, _ in part], pa.string()),
+            "record": pa.array([r.to_json() for r, _ in part], pa.string()),
         }
         out = io.BytesIO()
         pq.write_table(pa.table(columns), out, compression="zstd")

@@ -17,7 +17,8 @@ import jinja2
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.bags import Bag, decode_jpeg
+from pipeline.bags import Bag
+from pipeline.codec import decode_instance, encode_jpeg
 from pipeline.contract import SPLITS, MicaclError, digest
 from pipeline.dataset import Dataset, get_checked, open_dataset
 from pipeline.pack import UNLABELLED
@@ -27,6 +28,8 @@ BAGS_PER_CLASS = 3
 """On the contact sheet."""
 MAX_QUARANTINE_ROWS = 500
 """Of the table; the counts by reason are complete."""
+_PICTURE_QUALITY = 90
+"""Of a frame that is not stored as JPEG."""
 _VIDEO_COUNTS = ("listed", "written", "quarantined", "forgotten")
 
 
@@ -145,19 +148,21 @@ def _sample(dataset: Dataset, row: Mapping[str, Any]) -> Sample:
         span = dataset.store.read_range(row["shard"], row["offset"], row["size"])
         if digest(span) != row["sha256"]:
             return Sample(**said, problem="Its bytes are not the ones that were written: run micacl verify.")
-        return Sample(**said, pictures=_pictures(read_bag(span, where), where))
+        return Sample(**said, pictures=_pictures(read_bag(span, where)))
     except FileNotFoundError:
         return Sample(**said, problem="Its shard is missing: run micacl verify.")
     except MicaclError as error:
         return Sample(**said, problem=error.cause)
 
 
-def _pictures(bag: Bag, where: str) -> tuple[str, ...]:
-    """The middle frame of each instance as a data: URI. Only what decodes as a JPEG gets onto the page."""
-    middle = [instance[len(instance) // 2] for instance in bag.jpegs]
-    for jpeg in middle:
-        decode_jpeg(jpeg, where)
-    return tuple(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in middle)
+def _pictures(bag: Bag) -> tuple[str, ...]:
+    """The middle frame of each instance as a data: URI. Only what decodes gets onto the page."""
+    pictures = []
+    for i, members in enumerate(bag.encoded):
+        middle = bag.meta.instance_frames[i] // 2
+        (frame_HWC,) = decode_instance(members, bag.meta, i, [middle])
+        pictures.append(members[middle] if bag.meta.codec == "jpeg" else encode_jpeg(frame_HWC, _PICTURE_QUALITY))
+    return tuple(f"data:image/jpeg;base64,{base64.b64encode(jpeg).decode()}" for jpeg in pictures)
 
 
 def _quarantine(dataset: Dataset) -> tuple[list[dict[str, str]], str]:

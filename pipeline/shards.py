@@ -2,7 +2,8 @@
 
 A shard is a plain WebDataset tar; `webdataset`, `ray.data.read_webdataset` and `tar` read it.
 
-    <key>.<instance>.<frame>.jpg     e.g. 5f0c9a1b2c3d4e5f_0.02.007.jpg
+    <key>.<instance>.<frame>.jpg     e.g. 5f0c9a1b2c3d4e5f_0.02.007.jpg      codec jpeg
+    <key>.<instance>.h264            e.g. 5f0c9a1b2c3d4e5f_0.02.h264         codec h264
     <key>.json                       BagMeta
 
 Members are sorted, owner, mode and time are fixed: the same bags give the same bytes. A bag is a contiguous span
@@ -17,11 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pipeline.bags import Bag
+from pipeline.codec import MAX_SIDE, SUFFIX, member_count
 from pipeline.contract import BagMeta, MicaclError, digest
 
 _BLOCK = 512
-MAX_MEMBERS = 4096
-"""Of one bag."""
+_FRAMES = tuple(f".{suffix}" for suffix in SUFFIX.values())
+MAX_FRAMES = 4096
+"""Of one bag; it has no more members than frames, besides its json."""
+MAX_KEY_BYTES = 80
 MAX_MEMBER_BYTES = 16 * 2**20
 
 
@@ -37,11 +41,17 @@ class Span:
 
 def bag_members(bag: Bag) -> list[tuple[str, bytes]]:
     """(name, bytes) of a bag in tar order."""
-    key = bag.meta.key
-    frames = [
-        (f"{key}.{i:02d}.{f:03d}.jpg", jpeg) for i, instance in enumerate(bag.jpegs) for f, jpeg in enumerate(instance)
-    ]
-    return [*frames, (f"{key}.json", bag.meta.to_json().encode())]
+    encoded = [data for members in bag.encoded for data in members]
+    frames = list(zip(frame_names(bag.meta), encoded, strict=True))
+    return [*frames, (f"{bag.meta.key}.json", bag.meta.to_json().encode())]
+
+
+def frame_names(meta: BagMeta) -> list[str]:
+    """Names of the members that hold the frames of a bag, in tar order."""
+    key, suffix = meta.key, SUFFIX[meta.codec]
+    if meta.codec == "h264":
+        return [f"{key}.{i:02d}.{suffix}" for i in range(len(meta.instance_frames))]
+    return [f"{key}.{i:02d}.{f:03d}.{suffix}" for i, n in enumerate(meta.instance_frames) for f in range(n)]
 
 
 def write_members(members: Iterable[tuple[str, bytes]]) -> bytes:
@@ -75,7 +85,8 @@ def read_members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
         except (tarfile.HeaderError, UnicodeDecodeError) as error:
             raise _damaged(where, f"no tar header at byte {at}: {error}") from error
         start, end = at + _BLOCK, at + _BLOCK + info.size
-        if not info.isreg() or not 0 <= info.size <= MAX_MEMBER_BYTES:
+        # Not isreg(): that is true of sparse files and of other kinds whose bytes mean something else.
+        if info.type != tarfile.REGTYPE or not 0 <= info.size <= MAX_MEMBER_BYTES:
             raise _damaged(where, f"member {info.name!r} is no plain file of at most {MAX_MEMBER_BYTES} bytes")
         if end > len(data):
             raise _damaged(where, f"member {info.name!r} is cut off")
@@ -83,6 +94,8 @@ def read_members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
         at = start + -(-info.size // _BLOCK) * _BLOCK
     if 0 < len(data) - at < _BLOCK:
         raise _damaged(where, f"less than a header is left at byte {at}")
+    if data.count(0, at) != max(0, len(data) - at):
+        raise _damaged(where, f"something lies behind the end of the tar at byte {at}")
 
 
 def read_bag(data: bytes, where: str) -> Bag:
@@ -97,10 +110,10 @@ def read_bags(data: bytes, where: str) -> Iterator[Bag]:
     """All bags of a tar in order. Raises MicaclError if members are missing, foreign or out of order."""
     frames: list[tuple[str, bytes]] = []
     for name, member in read_members(data, where):
-        if name.endswith(".jpg") and len(frames) < MAX_MEMBERS:
+        if name.endswith(_FRAMES) and len(frames) < MAX_FRAMES:
             frames.append((name, member))
         elif name.endswith(".json") and frames:
-            yield _assemble(BagMeta.from_json(member, where), frames, where)
+            yield _assemble(BagMeta.from_json(member, where), frames, name, where)
             frames = []
         else:
             raise _damaged(where, f"unexpected member {name!r}")
@@ -108,15 +121,29 @@ def read_bags(data: bytes, where: str) -> Iterator[Bag]:
         raise _damaged(where, f"the json of {frames[0][0]!r} is missing")
 
 
-def _assemble(meta: BagMeta, frames: list[tuple[str, bytes]], where: str) -> Bag:
-    counts = meta.instance_frames
-    if not all(isinstance(n, int) and n > 0 for n in counts) or sum(counts) != len(frames):
-        raise _damaged(where, f"the frames of {meta.key!r} are {len(frames)}, its json lists {counts}")
-    names = [f"{meta.key}.{i:02d}.{f:03d}.jpg" for i, n in enumerate(meta.instance_frames) for f in range(n)]
+def _assemble(meta: BagMeta, frames: list[tuple[str, bytes]], json_name: str, where: str) -> Bag:
+    _check_meta(meta, where)
+    names = frame_names(meta)
     if [name for name, _ in frames] != names:
-        raise _damaged(where, f"the frames of {meta.key!r} are not the {len(names)} that its json lists")
+        raise _damaged(where, f"the frames of {meta.key!r} are not the {len(names)} members that its json lists")
+    if json_name != f"{meta.key}.json":
+        raise _damaged(where, f"the json of {meta.key!r} is named {json_name!r}")
     rest = iter(data for _, data in frames)
-    return Bag(meta, tuple(tuple(next(rest) for _ in range(n)) for n in meta.instance_frames))
+    counts = [member_count(meta.codec, n) for n in meta.instance_frames]
+    return Bag(meta, tuple(tuple(next(rest) for _ in range(n)) for n in counts))
+
+
+def _check_meta(meta: BagMeta, where: str) -> None:
+    """What the reader itself goes by is of the right type and within the caps, before anything is made of it."""
+    key, counts, size = meta.key, meta.instance_frames, meta.size
+    if not isinstance(key, str) or not set(key).isdisjoint("./") or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
+        raise _damaged(where, f"its json has the key {key!r}")
+    if not isinstance(meta.codec, str) or meta.codec not in SUFFIX:
+        raise _damaged(where, f"the frames of {key!r} are of codec {meta.codec!r}, known are {', '.join(SUFFIX)}")
+    if type(size) is not int or not 0 < size <= MAX_SIDE:
+        raise _damaged(where, f"the frames of {key!r} are {size!r} px, the cap is {MAX_SIDE}")
+    if not all(type(n) is int and n > 0 for n in counts) or not 0 < sum(counts) <= MAX_FRAMES:
+        raise _damaged(where, f"the frames of {key!r} are not 1 to {MAX_FRAMES}, its json lists {counts}")
 
 
 def _damaged(where: str, what: str) -> MicaclError:

@@ -59,11 +59,17 @@ def dataset_status(url: str) -> dict[str, Any]:
 
 
 def _latest_run(store: Store) -> dict[str, int] | None:
-    """How far the latest `prepare` has come: crops that are there of the videos it had listed. None without one."""
-    work = read_worklist(store)
-    if work is None:
+    """How far the latest `prepare` has come: crops that are there of the videos it had listed. None without one.
+
+    Also None if its list is not whole any more: `forget` deletes the parts that name somebody.
+    """
+    try:
+        work = read_worklist(store)
+        if work is None:
+            return None
+        left = sum(1 for video in _without_crop(store, work))
+    except MicaclError:
         return None
-    left = sum(1 for video in _without_crop(store, work))
     return {"listed": work.listed, "done": work.listed - left, "left": left}
 
 
@@ -107,7 +113,7 @@ def _crops(store: Store) -> dict[str, dict[str, Any]]:
 
 
 def _crop_entries(store: Store) -> Iterator[tuple[str, str, str, Entry]]:
-    """(settings, folder, video id, entry) of each crop; a listing yields the objects of a folder one after the other."""
+    """(settings, folder, video id, entry) of each crop. A listing yields the objects of a folder together."""
     for entry in store.list("crops/"):
         if match := _CROP_KEY.match(entry.key):
             yield match.group(1), match.group(2)[:2], match.group(2), entry

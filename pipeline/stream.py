@@ -1,11 +1,11 @@
 """A plan -> decoded bags: shard cache, look-ahead, hash check, decode of the frames that are used.
 
-    draws (row, rng key) ──look-ahead threads──> span of the shard ──sha256──> frames picked ──JPEG decode──> Clip
+    draws (row, rng key) ──look-ahead threads──> span of the shard ──sha256──> frames picked ──decode──> Clip
 
 Training, evaluation and prediction over shards all read through here. Whole shards are fetched once and kept in a
 cache bounded in bytes: the plan keeps the working set of a class to a few shards. Threads do the work where the GIL
-is released (network, hashing, JPEG); clips come out in plan order whatever thread was first. Nothing is shared between
-processes, so nothing is left over when one dies.
+is released (network, hashing, decoding); clips come out in plan order whatever thread was first. Nothing is shared
+between processes, so nothing is left over when one dies.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from pipeline.bags import Bag, decode_jpeg
+from pipeline.bags import Bag
+from pipeline.codec import decode_instance
 from pipeline.contract import MicaclError, digest, require_label
 from pipeline.dataset import Dataset
 from pipeline.plan import Draw
+from pipeline.samplers import SAMPLERS
 from pipeline.shards import read_bag
 from pipeline.storage import Store
+from pipeline.video import RGB
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -35,6 +38,8 @@ class StreamConfig:
 
     frames: int = 4
     """Frames per instance that a step uses."""
+    sampler: str = "segments"
+    """Which of the stored frames: `segments` (evenly in each instance) or `m3dfel` (pipeline/samplers.py)."""
     lookahead: int = 32
     """Clips in flight ahead of the one that is used, per rank."""
     threads: int = 2
@@ -46,6 +51,10 @@ class StreamConfig:
         if min(self.frames, self.lookahead, self.threads, self.cache_mb) < 1:
             raise MicaclError(
                 "A field of --stream is below 1.", "No clip could be read.", "Give 1 or more for each of them."
+            )
+        if self.sampler not in SAMPLERS:
+            raise MicaclError(
+                f"--stream.sampler is {self.sampler!r}.", "No clip could be read.", f"Use {' or '.join(SAMPLERS)}."
             )
 
 
@@ -142,11 +151,11 @@ class BagStream:
         return read_bag(data, where)
 
     def clip(self, draw: Draw, *, train: bool) -> Clip:
-        """Decode the frames that this draw uses: jittered by its key in training, evenly spaced else."""
+        """Decode the frames that this draw uses: random by its key in training, always the same else."""
         bag = self.bag(draw.row)
         rng = np.random.Generator(np.random.Philox(key=np.array(draw.rng_key, np.uint64))) if train else None
         label = self.labels.index(bag.meta.label) if bag.meta.label in self.labels else -1
-        return Clip(decode_bag(bag, self.config.frames, rng), label, bag.meta.key, draw.row, draw.rng_key)
+        return Clip(decode_bag(bag, self.config, rng), label, bag.meta.key, draw.row, draw.rng_key)
 
     def read(self, draws: Iterable[Draw], *, train: bool) -> Iterator[Clip]:
         """Clips in the order of the draws, `lookahead` of them in flight."""
@@ -163,22 +172,22 @@ class BagStream:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-def decode_bag(bag: Bag, frames: int, rng: np.random.Generator | None) -> NDArray[np.uint8]:
-    """(instances, frames, H, W, 3) uint8: `frames` of each instance, decoded; the others are not touched."""
-    picked = [
-        [decode_jpeg(jpegs[i], bag.meta.key) for i in pick_frames(len(jpegs), frames, rng)] for jpegs in bag.jpegs
-    ]
-    return np.stack([np.stack(instance) for instance in picked])
+def decode_bag(bag: Bag, config: StreamConfig, rng: np.random.Generator | None) -> NDArray[np.uint8]:
+    """(instances, frames, H, W, 3) uint8: the frames of each instance that the sampler picks. Raises MicaclError.
 
-
-def pick_frames(stored: int, wanted: int, rng: np.random.Generator | None) -> list[int]:
-    """`wanted` frame numbers of `stored`, never backwards in time; short instances repeat frames.
-
-    stored 12, wanted 4:   ..x...x...x..x    the middle of each quarter; in training a random frame of it
+    Each stored frame is decoded at most once, and of JPEG only what is picked.
     """
-    edges = np.arange(wanted + 1) * stored / wanted
-    at = rng.random(wanted) if rng is not None else np.full(wanted, 0.5)
-    return [min(stored - 1, int(edges[i] + at[i] * (edges[i + 1] - edges[i]))) for i in range(wanted)]
+    counts = bag.meta.instance_frames
+    picked_NT = np.array(SAMPLERS[config.sampler](counts, config.frames, rng))
+    decoded: dict[int, RGB] = {}
+    start = 0
+    for i, (members, stored) in enumerate(zip(bag.encoded, counts, strict=True)):
+        wanted = sorted({int(n) - start for n in picked_NT.flat if start <= n < start + stored})
+        if wanted:
+            frames = decode_instance(members, bag.meta, i, wanted)
+            decoded |= dict(zip((start + n for n in wanted), frames, strict=True))
+        start += stored
+    return np.stack([np.stack([decoded[int(n)] for n in row]) for row in picked_NT])
 
 
 def label_numbers(rows: pa.Table, labels: Sequence[str], where: str) -> NDArray[np.int64]:

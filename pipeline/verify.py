@@ -1,10 +1,11 @@
 """`micacl verify`: read a dataset version whole and name everything that is wrong with it.
 
-    version file ──> each index file (hash) ──> each shard (once) ──> each bag: hash, meta = index row, JPEG headers
+    version file ──> each index file (hash) ──> each shard (once) ──> each bag: hash, meta = index row, frames
                  └─> over all rows: counts, keys, labels, leakage of subjects and videos between splits
 
 Nothing here stops at the first problem, and nothing is repaired: each problem says what, where and the remedy. Of a
-JPEG the header is decoded, not the pixels: the bag's sha256 says that they are the ones that were written.
+JPEG the header is decoded, not the pixels (the bag's sha256 says that they are the ones that were written); H.264 is
+decoded whole.
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import simplejpeg
 
-from pipeline.bags import MAX_FRAME_BYTES, MAX_SIDE, Bag
+from pipeline.bags import Bag
+from pipeline.codec import find_fault
 from pipeline.contract import MicaclError, digest, part_name
 from pipeline.dataset import INDEX_SCHEMA, read_index, read_version, version_key
 from pipeline.pack import UNLABELLED
@@ -203,18 +204,11 @@ def _compare(bag: Bag, row: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _check_frames(bag: Bag) -> Iterator[str]:
-    """JPEG headers within the caps and of the stored size; the first bad frame of a bag is named."""
-    side = bag.meta.size
-    for i, instance in enumerate(bag.jpegs):
-        for f, jpeg in enumerate(instance):
-            try:
-                height, width, _, _ = simplejpeg.decode_jpeg_header(jpeg)
-            except ValueError as error:
-                yield f"Frame {i:02d}.{f:03d} is no JPEG ({error})."
-                return
-            if len(jpeg) > MAX_FRAME_BYTES or side > MAX_SIDE or (height, width) != (side, side):
-                yield f"Frame {i:02d}.{f:03d} is {width}x{height} px in {len(jpeg)} bytes, its json says {side} px."
-                return
+    """The frames are of the stored codec, size and number; the first fault of a bag is named."""
+    for i, members in enumerate(bag.encoded):
+        if fault := find_fault(members, bag.meta, i):
+            yield fault
+            return
 
 
 def _check_rows(

@@ -1,7 +1,7 @@
 """What a run of `prepare` still has to crop, written to storage before it is cropped.
 
-    <dataset>/work/<id>.parquet    some hundred videos each, by video id; named by content
-    <dataset>/work/current.json    the run's list of those files
+    <dataset>/listing/<id>.parquet    some hundred videos each, by video id; named by content
+    <dataset>/latest-run.json         the run's list of those files
 
 Ray's tasks read their videos from it, so the driver holds none of them, and `micacl status` counts from any machine
 what is left. It is a note about a run, no part of a version: nobody who reads a dataset reads it.
@@ -22,8 +22,9 @@ from pipeline.contract import MicaclError, Video, canonical_json, digest, expect
 from pipeline.dataset import get_checked
 from pipeline.storage import Store, open_store
 
-CURRENT = "work/current.json"
+CURRENT = "latest-run.json"
 PART_VIDEOS = 512
+_SCHEMA = pa.schema([(name, pa.string()) for name in ("video", "subject", "row")])
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +43,12 @@ class WorkList:
 def write_worklist(store: Store, videos: Iterable[Video], listed: int, crop: str) -> WorkList:
     """Write the videos (by id) part by part. A reader sees the list when its last object is there."""
     parts, count, rest = [], 0, iter(videos)
-    while rows := [v.to_json() for v in islice(rest, PART_VIDEOS)]:
+    while rows := list(islice(rest, PART_VIDEOS)):
+        columns = {"video": [v.name for v in rows], "subject": [v.subject for v in rows]}
+        columns["row"] = [v.to_json() for v in rows]
         out = io.BytesIO()
-        pq.write_table(pa.table({"video": pa.array(rows, pa.string())}), out, compression="zstd")
-        key, sha256 = f"work/{digest(out.getvalue())[:32]}.parquet", digest(out.getvalue())
+        pq.write_table(pa.table(columns, schema=_SCHEMA), out, compression="zstd")
+        key, sha256 = f"listing/{digest(out.getvalue())[:32]}.parquet", digest(out.getvalue())
         store.put(key, out.getvalue())
         parts.append((key, sha256))
         count += len(rows)
@@ -92,4 +95,4 @@ def _part_slice(url: str, part: tuple[str, str], start: int, stop: int) -> tuple
 @functools.lru_cache(maxsize=2)
 def _read_part(url: str, key: str, sha256: str) -> tuple[Video, ...]:
     table = pq.read_table(io.BytesIO(get_checked(open_store(url), key, sha256)))
-    return tuple(Video.from_json(text) for text in table["video"].to_pylist())
+    return tuple(Video.from_json(text) for text in table["row"].to_pylist())

@@ -1,27 +1,18 @@
-"""A bag and its pixels: one square an instance, JPEG there and back."""
+"""A bag and its pixels: one square an instance."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.bags import MAX_SIDE, Bag, _bag, _crop, _square, decode_jpeg, encode_jpeg
+from pipeline.bags import Bag, _bag, _crop, _square
+from pipeline.codec import MAX_SIDE
 from pipeline.contract import BagMeta, CropConfig, MicaclError
-from pipeline.demo_faces import Bytes
 from pipeline.faces import Box, Cut, Track
 
 CONFIG = CropConfig(size=32, instances=3, frames_per_instance=4, min_frames=3)
-LEAST_PSNR_DB = 33.0
-"""Of a drawn face of 128 px at quality 90, 4:2:0; 34 to 36 is what it has."""
-
-
-def psnr_db(a: Bytes, b: Bytes) -> float:
-    return float(10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2)))
 
 
 def track_of(boxes: list[tuple[float, float, float]], fps: float = 25.0) -> Track:
@@ -32,39 +23,6 @@ def track_of(boxes: list[tuple[float, float, float]], fps: float = 25.0) -> Trac
     for i, box in enumerate(boxes):
         track.add(Cut(i / fps, Box(*box), frame_HWC, 0, 0))
     return track
-
-
-def test_jpeg_keeps_a_face(face_frames: Callable[..., Bytes]) -> None:
-    for frame_HWC in face_frames()[::4]:
-        face_HWC = np.asarray(cv2.resize(frame_HWC, (128, 128), interpolation=cv2.INTER_AREA))
-        data = encode_jpeg(face_HWC, 90)
-        back_HWC = decode_jpeg(data)
-        assert back_HWC.shape == (128, 128, 3)
-        assert back_HWC.dtype == np.uint8
-        assert psnr_db(face_HWC, back_HWC) > LEAST_PSNR_DB
-        assert psnr_db(face_HWC, decode_jpeg(encode_jpeg(face_HWC, 30))) < psnr_db(face_HWC, back_HWC)
-        assert len(data) < 128 * 128 * 3 / 4
-        assert encode_jpeg(face_HWC, 90) == data
-
-
-@pytest.mark.parametrize("colour", [(255, 0, 0), (0, 255, 0), (0, 0, 255)])
-def test_colours_stay_in_their_place(colour: tuple[int, int, int]) -> None:
-    flat_HWC = np.full((32, 32, 3), colour, np.uint8)
-    assert np.abs(decode_jpeg(encode_jpeg(flat_HWC, 90)).astype(int) - flat_HWC).max() < 6
-
-
-@pytest.mark.parametrize(
-    "data", [b"", b"\xff\xd8", b"no picture at all", encode_jpeg(np.zeros((32, 32, 3), np.uint8), 90)[:200]]
-)
-def test_what_is_no_jpeg_is_an_error_in_words(data: bytes) -> None:
-    with pytest.raises(MicaclError, match=r"frame 7 is not a JPEG.*verify"):
-        decode_jpeg(data, "frame 7")
-
-
-def test_a_huge_jpeg_is_not_decoded() -> None:
-    with pytest.raises(MicaclError, match="1025x8"):
-        decode_jpeg(encode_jpeg(np.zeros((8, MAX_SIDE + 1, 3), np.uint8), 90))
-    assert decode_jpeg(encode_jpeg(np.zeros((8, MAX_SIDE, 3), np.uint8), 90)).shape == (8, MAX_SIDE, 3)
 
 
 def test_a_size_that_cannot_be_read_again_is_refused() -> None:
@@ -98,7 +56,7 @@ def test_one_square_an_instance() -> None:
     steady, wild = (100.0, 90.0, 40.0), (150.0, 20.0, 90.0)
     bag = _bag(track_of([steady, wild, steady] * 3), "v_0", 0, "v.mp4", CONFIG)
     assert bag.meta.boxes == ((100.0, 90.0, 52.0),) * 3
-    assert len({jpeg for instance in bag.jpegs for jpeg in instance}) == 1
+    assert len({jpeg for instance in bag.encoded for jpeg in instance}) == 1
 
 
 def test_the_crop_shows_the_square_it_names() -> None:

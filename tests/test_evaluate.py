@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from micacl.bundle import BUNDLE, load_bundle, load_model
-from micacl.evaluate import Scored, confusion_png, gather_scores, score_rank
+from micacl.evaluate import Scored, confusion_png, gather_scores, kept_out_fold, score_rank
+from micacl.recipes import RECIPES
 from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
 from pipeline.storage import open_store
@@ -100,3 +102,12 @@ def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
         load_bundle(str(tmp_path / "bundle"))
     with pytest.raises(MicaclError, match=r"has no bundle\.json"):
         load_bundle(str(tmp_path / "nothing"))
+
+
+def test_a_model_is_scored_on_the_fold_that_it_has_not_seen() -> None:
+    config = RECIPES["tiny-cpu"]()
+    trained = dataclasses.replace(config, train=dataclasses.replace(config.train, fold=2))
+    assert kept_out_fold(trained, None) == kept_out_fold(trained, 2) == 2
+    assert (kept_out_fold(config, None), kept_out_fold(config, 3)) == (None, 3)
+    with pytest.raises(MicaclError, match="trained with fold 2 kept out"):
+        kept_out_fold(trained, 1)

@@ -210,7 +210,7 @@ def test_instances_of_the_docstring() -> None:
 
 def test_the_same_video_gives_the_same_bytes(face_video: Callable[..., bytes]) -> None:
     first, second = (video_to_bags(face_video(), name="a.mp4", video_id="v", config=CONFIG)[0] for _ in range(2))
-    assert [b.jpegs for b in first] == [b.jpegs for b in second]
+    assert [b.encoded for b in first] == [b.encoded for b in second]
     assert [b.meta.to_json() for b in first] == [b.meta.to_json() for b in second]
 
 

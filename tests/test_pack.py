@@ -132,7 +132,7 @@ def test_a_shard_holds_the_bags_of_its_plan_with_what_the_table_says(store: Loca
     assert [b.meta.key for b in bags] == sorted(f"{i}_0" for i in expected)
     for bag in bags:
         video = bag.meta.key.partition("_")[0]
-        assert bag.jpegs == expected[video].jpegs
+        assert bag.encoded == expected[video].encoded
         said = dataclasses.replace(expected[video].meta, label="happy", split="train", subject=subjects[video])
         assert bag.meta == said
     assert entry == {

@@ -196,7 +196,7 @@ def test_the_synthetic_bag_has_the_form_of_a_real_one(videos: Videos) -> None:
     crop = CropConfig()
     (real,) = read_bags(preprocess(videos.one, "x", crop), "x")
     synthetic = synthetic_bag(crop)
-    assert len(synthetic.jpegs) == len(real.jpegs) == crop.instances
+    assert len(synthetic.encoded) == len(real.encoded) == crop.instances
     assert synthetic.meta.size == real.meta.size
     assert synthetic.meta.crop == real.meta.crop
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import random
 import threading
 import time
@@ -14,13 +16,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.bags import Bag, decode_jpeg
-from pipeline.contract import MicaclError
+from pipeline.bags import Bag, video_to_bags
+from pipeline.codec import decode_jpeg
+from pipeline.contract import CODECS, CropConfig, MicaclError
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.plan import Draw
+from pipeline.samplers import SAMPLERS, pick_frames
+from pipeline.shards import read_bag, write_shard
 from pipeline.storage import LocalStore, open_store
-from pipeline.stream import BagStream, ShardCache, StreamConfig, decode_bag, label_numbers, pick_frames, shard_numbers
-from tests.tiny_dataset import FRAMES, INSTANCES, SIZE, make_dataset
+from pipeline.stream import BagStream, Clip, ShardCache, StreamConfig, decode_bag, label_numbers, shard_numbers
+from tests.tiny_dataset import CROP, FRAMES, INSTANCES, SIZE, make_dataset
 
 COUNTS = {"train": {"sad": 6, "happy": 9, "neutral": 1}, "test": {"unlabelled": 3}}
 CONFIG = StreamConfig(frames=2, lookahead=4, threads=2)
@@ -29,6 +34,13 @@ CONFIG = StreamConfig(frames=2, lookahead=4, threads=2)
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> str:
     return make_dataset(tmp_path_factory.mktemp("stream"), COUNTS, 0, max_bags=4)
+
+
+@pytest.fixture(scope="module")
+def h264(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """The same frames in the other codec."""
+    crop = dataclasses.replace(CROP, codec="h264")
+    return open_dataset(make_dataset(tmp_path_factory.mktemp("h264"), COUNTS, 0, max_bags=4, crop=crop))
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +101,7 @@ def test_a_clip_is_what_its_bag_holds(dataset: Dataset) -> None:
     assert clip.frames_NTHWC.dtype == np.uint8
     bag = stream.bag(5)
     assert bag.meta.key == clip.key == dataset.split("train")["key"][5].as_py()
-    for i, instance in enumerate(bag.jpegs):
+    for i, instance in enumerate(bag.encoded):
         for f, jpeg in enumerate(instance):
             assert np.array_equal(clip.frames_NTHWC[i, f], decode_jpeg(jpeg))
 
@@ -148,6 +160,61 @@ def test_a_stream_from_s3_is_the_stream_of_a_folder(dataset: Dataset, s3: Callab
     there, here = (list(stream_of(d).read(draws, train=False)) for d in (open_dataset(remote.root), dataset))
     assert [c.key for c in there] == [c.key for c in here] == dataset.split("train")["key"].to_pylist()
     assert all(np.array_equal(a.frames_NTHWC, b.frames_NTHWC) for a, b in zip(there, here, strict=True))
+
+
+# Codecs.
+
+
+def clips_of(dataset: Dataset, keys: list[str], config: StreamConfig, *, train: bool) -> list[Clip]:
+    rows = dataset.split("train")["key"].to_pylist()
+    return list(stream_of(dataset, config).read(draws_of([rows.index(key) for key in keys]), train=train))
+
+
+def test_both_codecs_give_the_same_clips(dataset: Dataset, h264: Dataset) -> None:
+    """By key (shards are named by content, so their order differs); for every sampler, in training and evaluation."""
+    assert set(h264.index["codec"].to_pylist()) == {"h264"}
+    assert {len(members) for members in stream_of(h264).bag(0).encoded} == {1}
+    keys = dataset.split("train")["key"].to_pylist()[:4]
+    for sampler in SAMPLERS:
+        config = StreamConfig(frames=2, sampler=sampler)
+        for train in (False, True):
+            a, b = (clips_of(d, keys, config, train=train) for d in (dataset, h264))
+            for one, other in zip(a, b, strict=True):
+                assert (one.key, one.label) == (other.key, other.label)
+                assert one.frames_NTHWC.shape == other.frames_NTHWC.shape == (INSTANCES, 2, SIZE, SIZE, 3)
+                assert np.abs(one.frames_NTHWC.astype(int) - other.frames_NTHWC).mean() < 6
+
+
+def test_a_bag_of_h264_is_the_same_however_it_is_picked(h264: Dataset) -> None:
+    stream = stream_of(h264, StreamConfig(frames=FRAMES))
+    whole_NTHWC = stream.clip(Draw(3, (0, 0)), train=False).frames_NTHWC
+    middle_NTHWC = stream_of(h264, StreamConfig(frames=1)).clip(Draw(3, (0, 0)), train=False).frames_NTHWC
+    assert np.array_equal(middle_NTHWC[:, 0], whole_NTHWC[:, pick_frames(FRAMES, 1, None)[0]])
+
+
+def test_a_video_is_the_same_clip_in_both_codecs(face_video: Callable[..., bytes]) -> None:
+    """From raw video through the shard to pixels; twice the same bytes."""
+    clips = {}
+    for codec in CODECS:
+        crop = CropConfig(size=64, instances=3, frames_per_instance=4, codec=codec)
+        (bag,), _ = video_to_bags(face_video(), name="a.mp4", video_id="0" * 16, config=crop)
+        (again,), _ = video_to_bags(face_video(), name="a.mp4", video_id="0" * 16, config=crop)
+        assert bag == again
+        assert bag.meta.codec == codec
+        tar, (span,) = write_shard([bag])
+        assert read_bag(tar[: span.size], "x") == bag
+        clips[codec] = decode_bag(bag, StreamConfig(frames=4), None)
+    a_NTHWC, b_NTHWC = (clips[codec].astype(int) for codec in ("jpeg", "h264"))
+    assert a_NTHWC.shape == b_NTHWC.shape == (3, 4, 64, 64, 3)
+    assert np.abs(a_NTHWC - b_NTHWC).mean() < 4
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_a_bag_whose_frames_are_no_pictures(dataset: Dataset, h264: Dataset, codec: str) -> None:
+    bag = stream_of({"jpeg": dataset, "h264": h264}[codec]).bag(0)
+    broken = Bag(bag.meta, tuple(tuple(b"junk" for _ in members) for members in bag.encoded))
+    with pytest.raises(MicaclError, match=rf"{bag.meta.key} instance 00.* is not .*verify"):
+        decode_bag(broken, CONFIG, None)
 
 
 # Damage.
@@ -289,6 +356,71 @@ def test_the_frames_of_the_docstring() -> None:
     assert pick_frames(1, 3, np.random.default_rng(0)) == [0, 0, 0]
 
 
+INSTANCE_FRAMES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+SEEDS = st.none() | st.integers(0, 2**32)
+
+
+def rng_of(seed: int | None) -> np.random.Generator | None:
+    return None if seed is None else np.random.default_rng(seed)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(stored=INSTANCE_FRAMES, wanted=st.integers(1, 16), seed=SEEDS)
+def test_segments_stay_in_their_instance(stored: list[int], wanted: int, seed: int | None) -> None:
+    picked = SAMPLERS["segments"](stored, wanted, rng_of(seed))
+    rng, start = rng_of(seed), 0
+    for row, count in zip(picked, stored, strict=True):
+        assert row == [start + i for i in pick_frames(count, wanted, rng)]
+        start += count
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(stored=INSTANCE_FRAMES, wanted=st.integers(1, 16), seed=SEEDS)
+def test_m3dfel_starts_at_its_sixteenths(stored: list[int], wanted: int, seed: int | None) -> None:
+    """Frame i of F is floor(N i / F), plus 0 to F - 1 in training, never past the last frame."""
+    picked = SAMPLERS["m3dfel"](stored, wanted, rng_of(seed))
+    assert [len(row) for row in picked] == [wanted] * len(stored)
+    total, count = sum(stored), len(stored) * wanted
+    for i, frame in enumerate(frame for row in picked for frame in row):
+        start = total * i // count
+        if seed is None:
+            assert frame == start
+        else:
+            assert start <= frame <= min(start + count - 1, total - 1)
+
+
+@pytest.mark.parametrize(("stored", "backwards"), [(30, 0.31), (77, 0.21), (200, 0.02), (800, 0.0)])
+def test_m3dfel_goes_backwards_as_often_as_the_released_code(stored: int, backwards: float) -> None:
+    """Share of neighbours among 16 frames that run back in time; the numbers are those of a simulation of that code."""
+    rng = np.random.default_rng(0)
+    pairs = [
+        later < earlier
+        for _ in range(2000)
+        for row in [np.ravel(SAMPLERS["m3dfel"]([stored // 4] * 3 + [stored - 3 * (stored // 4)], 4, rng)).tolist()]
+        for earlier, later in itertools.pairwise(row)
+    ]
+    assert np.mean(pairs) == pytest.approx(backwards, abs=0.01)
+
+
+def test_m3dfel_repeats_the_frames_of_a_short_bag() -> None:
+    assert SAMPLERS["m3dfel"]([3, 2], 5, None) == [[0, 0, 1, 1, 2], [2, 3, 3, 4, 4]]
+    assert SAMPLERS["m3dfel"]([1], 3, np.random.default_rng(0)) == [[0, 0, 0]]
+    last = Counter(np.ravel(SAMPLERS["m3dfel"]([2] * 4, 4, np.random.default_rng(0))).tolist())
+    assert last.most_common(1)[0][0] == 7
+
+
+def test_m3dfel_uses_every_jitter_equally() -> None:
+    rng = np.random.default_rng(0)
+    jitter = Counter(SAMPLERS["m3dfel"]([250] * 4, 4, rng)[0][0] for _ in range(4000))
+    assert sorted(jitter) == list(range(16))
+    assert max(jitter.values()) < 1.4 * min(jitter.values())
+
+
+def test_an_unknown_sampler_is_refused() -> None:
+    with pytest.raises(MicaclError, match=r"--stream.sampler is 'random'.*Use segments or m3dfel"):
+        StreamConfig(sampler="random")
+
+
 def test_every_stored_frame_is_used_in_training() -> None:
     rng = np.random.default_rng(0)
     seen = Counter(i for _ in range(600) for i in pick_frames(12, 4, rng))
@@ -299,10 +431,10 @@ def test_every_stored_frame_is_used_in_training() -> None:
 def test_only_the_frames_that_are_used_are_decoded(dataset: Dataset) -> None:
     bag = stream_of(dataset).bag(0)
     used = pick_frames(FRAMES, 1, None)[0]
-    broken = Bag(bag.meta, tuple(tuple(j if i == used else b"" for i, j in enumerate(run)) for run in bag.jpegs))
-    assert decode_bag(broken, 1, None).shape == (INSTANCES, 1, SIZE, SIZE, 3)
+    broken = Bag(bag.meta, tuple(tuple(j if i == used else b"" for i, j in enumerate(run)) for run in bag.encoded))
+    assert decode_bag(broken, StreamConfig(frames=1), None).shape == (INSTANCES, 1, SIZE, SIZE, 3)
     with pytest.raises(MicaclError, match=bag.meta.key):
-        decode_bag(broken, FRAMES, None)
+        decode_bag(broken, StreamConfig(frames=FRAMES), None)
 
 
 # Numbers for the plan.

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.bags import Bag, encode_jpeg
+from pipeline.bags import Bag
+from pipeline.codec import encode_instance
 from pipeline.contract import DFEW_LABELS, BagMeta, CropConfig, PackConfig, Video, canonical_json, digest
 from pipeline.crop import CropRecord, bag_stub, crop_key
 from pipeline.dataset import commit, version_body
@@ -36,6 +37,7 @@ def make_dataset(
     max_bags: int = 256,
     prefix: str = "",
     quarantined: Mapping[str, tuple[str, str]] | None = None,
+    quarantined_subjects: Mapping[str, str] | None = None,
     crop: CropConfig = CROP,
 ) -> str:
     """Write and commit a dataset. Returns its URL.
@@ -46,6 +48,7 @@ def make_dataset(
         max_bags: per shard.
         prefix: of every video's name; the rest of it is `<split>/<label>/<number>.mp4`.
         quarantined: reason and detail by video name.
+        quarantined_subjects: who is seen, by the name of a quarantined video; others have none.
     """
     store = open_store(str(folder))
     labels = label_set(counts)
@@ -55,7 +58,11 @@ def make_dataset(
     ]
     lost = [quarantine_crop(store, name, *why, crop) for name, why in sorted((quarantined or {}).items())]
     shards = [pack_shard(plan, store)[0] for plan in plan_shards(records, PackConfig(max_bags=max_bags))]
-    lines = [canonical_json({"video": r.video, "reason": r.reason, "detail": r.detail}) + "\n" for r in lost]
+    seen = quarantined_subjects or {}
+    lines = [
+        canonical_json({"video": r.video, "reason": r.reason, "detail": r.detail, "subject": seen.get(r.video)}) + "\n"
+        for r in lost
+    ]
     data = "".join(lines).encode()
     store.put(path := f"quarantine/{digest(data)[:32]}.jsonl", data)
     body = version_body(
@@ -100,10 +107,8 @@ def tiny_bag(video: Video, labels: tuple[str, ...], seed: int, crop: CropConfig 
     """The one bag of a video: a function of (name, label, seed)."""
     rng = np.random.default_rng([seed, int(video.id, 16)])
     angle = 2 * math.pi * labels.index(video.label) / len(labels) if video.label else rng.uniform(0, 2 * math.pi)
-    frames = [
-        encode_jpeg(_frame(angle, t / (INSTANCES * FRAMES - 1), crop.size, rng), crop.jpeg_quality)
-        for t in range(INSTANCES * FRAMES)
-    ]
+    frames = [_frame(angle, t / (INSTANCES * FRAMES - 1), crop.size, rng) for t in range(INSTANCES * FRAMES)]
+    parts = [frames[i * FRAMES : (i + 1) * FRAMES] for i in range(INSTANCES)]
     meta = BagMeta(
         key=f"{video.id}_0",
         video=video.name,
@@ -115,9 +120,10 @@ def tiny_bag(video: Video, labels: tuple[str, ...], seed: int, crop: CropConfig 
         detector=crop.detector,
         detector_score=0.9,
         crop=crop.hash,
+        codec=crop.codec,
         boxes=((64.0, 64.0, 40.0),) * INSTANCES,
     )
-    return Bag(meta, tuple(tuple(frames[i * FRAMES : (i + 1) * FRAMES]) for i in range(INSTANCES)))
+    return Bag(meta, tuple(encode_instance(part, crop.codec, crop.jpeg_quality) for part in parts))
 
 
 def _frame(angle: float, t: float, size: int, rng: np.random.Generator) -> RGB:

@@ -16,7 +16,8 @@ from starlette.requests import ClientDisconnect
 
 from cluster.serve.schemas import BuildArgs, Refused, too_large
 from micacl.bundle import Bundle, load_bundle
-from pipeline.bags import Bag, encode_jpeg, video_to_bags
+from pipeline.bags import Bag, video_to_bags
+from pipeline.codec import encode_instance
 from pipeline.contract import BagMeta, CropConfig, Video
 from pipeline.shards import bag_members, write_members
 
@@ -73,7 +74,8 @@ def preprocess(data: bytes, name: str, crop: CropConfig) -> bytes:
 
 def synthetic_bag(crop: CropConfig) -> Bag:
     """A bag of grey frames, of the form that `crop` makes."""
-    grey = encode_jpeg(np.full((crop.size, crop.size, 3), 128, np.uint8), crop.jpeg_quality)
+    grey_HWC = np.full((crop.size, crop.size, 3), 128, np.uint8)
+    grey = encode_instance([grey_HWC] * crop.frames_per_instance, crop.codec, crop.jpeg_quality)
     meta = BagMeta(
         key="synthetic_0",
         video="synthetic",
@@ -85,6 +87,7 @@ def synthetic_bag(crop: CropConfig) -> Bag:
         detector=crop.detector,
         detector_score=1.0,
         crop=crop.hash,
+        codec=crop.codec,
         boxes=((0.0, 0.0, 1.0),) * crop.instances,
     )
-    return Bag(meta, ((grey,) * crop.frames_per_instance,) * crop.instances)
+    return Bag(meta, (grey,) * crop.instances)

@@ -1,0 +1,53 @@
+"""Which stored frames of a bag a step uses. A sampler is a name in StreamConfig.sampler and a function here.
+
+    segments   each instance by itself: the middle of each of `wanted` equal parts, in training a random frame of it
+    m3dfel     the whole bag in one: M3DFEL's rule, kept with its quirk
+
+Frames are numbered through the bag, over the borders of its instances.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+
+def pick_segments(instance_frames: Sequence[int], wanted: int, rng: np.random.Generator | None) -> list[list[int]]:
+    """`wanted` frame numbers of each instance, in order of time; short instances repeat frames evenly."""
+    starts = np.cumsum([0, *instance_frames])
+    return [
+        [int(start) + i for i in pick_frames(stored, wanted, rng)]
+        for start, stored in zip(starts, instance_frames, strict=False)
+    ]
+
+
+def pick_frames(stored: int, wanted: int, rng: np.random.Generator | None) -> list[int]:
+    """`wanted` frame numbers of `stored`, never backwards in time; short instances repeat frames.
+
+    stored 12, wanted 4:   ..x...x...x..x    the middle of each quarter; in training a random frame of it
+    """
+    edges = np.arange(wanted + 1) * stored / wanted
+    at = rng.random(wanted) if rng is not None else np.full(wanted, 0.5)
+    return [min(stored - 1, int(edges[i] + at[i] * (edges[i + 1] - edges[i]))) for i in range(wanted)]
+
+
+def pick_m3dfel(instance_frames: Sequence[int], wanted: int, rng: np.random.Generator | None) -> list[list[int]]:
+    """F = instances * wanted frame numbers of the bag's N, cut into instances in a row.
+
+    Frame i is floor(N * i / F); in training a jitter of 0 to F - 1 frames of its own is added to each, and what passes
+    the end is the last frame. The jitter does not depend on N, so frames of a short bag go backwards in time, as they
+    do in M3DFEL's released code (Tencent/TFace, attribute/M3DFEL). That code draws its test frames so too; here
+    evaluation has no jitter. A bag of fewer than F frames repeats them evenly in evaluation; in training its last one
+    comes often.
+    """
+    stored, instances = sum(instance_frames), len(instance_frames)
+    frames = instances * wanted
+    jitter = (rng.random(frames) * frames).astype(int) if rng is not None else np.zeros(frames, int)
+    picked = np.minimum(np.arange(frames) * stored // frames + jitter, stored - 1)
+    return [[int(i) for i in part] for part in picked.reshape(instances, wanted)]
+
+
+Sampler = Callable[[Sequence[int], int, np.random.Generator | None], list[list[int]]]
+SAMPLERS: dict[str, Sampler] = {"segments": pick_segments, "m3dfel": pick_m3dfel}
+"""By name: (stored frames of each instance, frames wanted of each, rng or None) -> (instances, wanted)."""
