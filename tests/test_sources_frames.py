@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from pipeline.sources import SourceOptions, find_source, list_videos
 from pipeline.sources.frames import fingerprints_of, folder_fingerprint, image_folders
 from pipeline.sources.published import DFEW, DFEW_ALL, FERV39K, PUBLISHED, differences
 from pipeline.sources.tree import survey
-from pipeline.storage import Entry, LocalStore
+from pipeline.storage import Entry, LocalStore, open_store
+from pipeline.storage_s3 import S3Config, S3Store
 
 
 @pytest.fixture
@@ -60,6 +62,19 @@ def test_folders_within_folders_are_clips_of_their_own() -> None:
     assert prints["a"].startswith("2-")
 
 
+def test_a_folder_is_out_as_soon_as_the_listing_has_left_it() -> None:
+    asked = []
+
+    def listing() -> Iterator[Entry]:
+        for n in range(100):
+            asked.append(n)
+            yield Entry(f"clips/{'1' * (n // 2 + 1)}/{n % 2}.jpg", 1, "x")
+
+    folders = image_folders(listing())
+    assert [next(folders)[0] for _ in range(3)] == ["clips/1", "clips/11", "clips/111"]
+    assert len(asked) == 7
+
+
 def test_a_folder_of_a_class_holds_folders_of_images(raw: LocalStore) -> None:
     fill(
         raw, *(f"{label}/clip {n}/{i}.png" for label in ("Happy", "sad") for n in (1, 2) for i in range(3)), "happy.txt"
@@ -83,6 +98,27 @@ def test_images_right_in_the_folder_of_a_class_are_refused(raw: LocalStore) -> N
 
 
 # The look at the upper folders.
+
+
+def test_one_level_of_every_store(raw: LocalStore, s3: Callable[[str], str]) -> None:
+    keys = ["a/b/1.txt", "a/b/2.txt", "a/c.txt", "a-b/x", "z.txt", *(f"many/{n}/x" for n in range(5))]
+    small_pages = S3Store(s3("level"), S3Config(page_keys=2))
+    for store in (raw, small_pages, open_store(f"memory://{raw.root}")):
+        for key in keys:
+            store.put(key, b"xy")
+        assert sorted(e.key for e in store.children()) == ["a-b/", "a/", "many/", "z.txt"]
+        below = {e.key: e for e in store.children("a/")}
+        assert below["a/b/"] == Entry("a/b/", 0, "")
+        assert below["a/c.txt"] in list(store.list("a/"))
+        assert len(list(store.children("many/"))) == 5
+        assert list(store.children("none/")) == []
+
+
+def test_links_to_folders_are_looked_into(raw: LocalStore, tmp_path: Path) -> None:
+    fill(LocalStore(str(tmp_path / "disk")), "happy/a.mp4")
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "faces").symlink_to(tmp_path / "disk")
+    assert list(survey(LocalStore(raw.url("raw"))).folders) == ["", "faces", "faces/happy"]
 
 
 def test_a_folder_of_many_clips_is_not_looked_into(raw: LocalStore) -> None:
