@@ -23,11 +23,12 @@ import ray.data
 
 from micacl.bundle import Bundle, load_bundle
 from micacl.predictor import Predictor
-from pipeline.bags import Bag, video_to_bags
+from pipeline.bags import Bag
 from pipeline.contract import CropConfig, MicaclError, Quarantined, Video, canonical_json, digest
-from pipeline.crop import fetch_video
 from pipeline.prepare import quiet_ray_data
-from pipeline.shards import read_bags, write_shard
+from pipeline.raw import fetch_clip
+from pipeline.sandbox import crop_in_sandbox
+from pipeline.shards import read_bags
 from pipeline.storage import open_store
 
 _VIDEOS_PER_TASK = 4
@@ -38,7 +39,7 @@ def predict(
 ) -> dict[str, Any]:
     """Predict videos on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
     store, crop = open_store(out_url), dataclasses.replace(bundle.crop, faces=faces)
-    rows = [{"url": v.url, "name": v.name} for v in videos]
+    rows = [{"name": v.name, "video": canonical_json(dataclasses.asdict(v))} for v in videos]
     found = _run(rows, bundle.url, crop, workers=workers, gpu=gpu)
     out = sorted(found, key=lambda row: (row["video"], row["track"]))
     inputs = canonical_json([bundle.id, crop.hash, [v.name for v in videos]])
@@ -61,7 +62,7 @@ def _run(
     quiet_ray_data()
 
     def crop_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done = [_crop_one(str(u), str(n), crop) for u, n in zip(batch["url"], batch["name"], strict=True)]
+        done = [_crop_one(Video(**json.loads(str(text))), crop) for text in batch["video"]]
         tars, reasons, errors = zip(*done, strict=True)
         return {"name": list(batch["name"]), "tar": list(tars), "reason": list(reasons), "error": list(errors)}
 
@@ -83,16 +84,15 @@ def _run(
         yield from json.loads(str(row["faces"]))
 
 
-def _crop_one(url: str, name: str, crop: CropConfig) -> tuple[bytes, str, str]:
+def _crop_one(video: Video, crop: CropConfig) -> tuple[bytes, str, str]:
     """(tar blocks of the bags, reason, error): two of them are empty. Ray Data would garble an error that is raised."""
-    video = Video(url=url, name=name)
     try:
-        bags, _ = video_to_bags(fetch_video(video, crop), name=name, video_id=video.id, config=crop)
+        raw = fetch_clip(video, crop)
+        return crop_in_sandbox(raw, name=video.name, video_id=video.id, config=crop).require(), "", ""
     except Quarantined as why:
         return b"", why.reason.value, ""
     except MicaclError as error:
         return b"", "", json.dumps(error.args)
-    return write_shard(bags)[0], "", ""
 
 
 class _Classify:

@@ -20,6 +20,7 @@ from micacl.bundle import Bundle
 from micacl.model.micacl import MICACL
 from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import Video
+from pipeline.raw import RawClip
 from pipeline.stream import Clip, decode_bag
 
 _CLIPS_PER_FORWARD = 16
@@ -61,8 +62,8 @@ class Predictor:
         self.device = torch.device(device)
         self.model = bundle.build().to(self.device)
 
-    def bags(self, data: bytes, name: str) -> list[Bag]:
-        """Preprocess one encoded video. Raises Quarantined with the Reason."""
+    def bags(self, data: bytes | RawClip, name: str) -> list[Bag]:
+        """Preprocess one clip in this process; plain bytes are a whole video. Raises Quarantined with the Reason."""
         bags, _ = video_to_bags(data, name=name, video_id=Video(url=name, name=name).id, config=self.bundle.crop)
         return bags
 
@@ -79,8 +80,8 @@ class Predictor:
             out += [self._face(bags[c.row], p, w) for c, p, w in zip(part, probabilities, weights, strict=True)]
         return out
 
-    def predict(self, data: bytes, name: str) -> list[FacePrediction]:
-        """Every face of one encoded video. Raises Quarantined with the Reason."""
+    def predict(self, data: bytes | RawClip, name: str) -> list[FacePrediction]:
+        """Every face of one clip. Raises Quarantined with the Reason."""
         return self.classify(self.bags(data, name))
 
     def _face(self, bag: Bag, p_K: NDArray[np.float32], w_N: NDArray[np.float32]) -> FacePrediction:

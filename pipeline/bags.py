@@ -20,8 +20,10 @@ import numpy as np
 from pipeline.codec import encode_instance, member_count
 from pipeline.contract import BagMeta, CropConfig, Quarantined, Reason
 from pipeline.faces import Cut, Track, follow_faces, iter_instances
+from pipeline.given import given_meta, given_track
 from pipeline.phash import bag_phash
-from pipeline.video import RGB, Decode, read_frames
+from pipeline.raw import RawClip, read_clip
+from pipeline.video import RGB, Decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,20 +39,32 @@ class Bag:
         assert [len(members) for members in self.encoded] == counts, "the frame counts of a bag are its own"
 
 
-def video_to_bags(data: bytes, *, name: str, video_id: str, config: CropConfig) -> tuple[list[Bag], Decode]:
-    """The whole preprocessing of one video, the same for prepare, predict and serve.
+def video_to_bags(
+    raw: bytes | RawClip, *, name: str, video_id: str, config: CropConfig, report: Decode | None = None
+) -> tuple[list[Bag], Decode]:
+    """The whole preprocessing of one clip, the same for prepare, predict and serve.
+
+    Args:
+        raw: the clip; plain bytes are a whole encoded video.
+        report: filled in while the clip is decoded, so that it says something of a clip that is quarantined too.
 
     Returns the bags, largest face first (`config.faces` says one or all), and what decoding met.
     Raises Quarantined with the Reason.
     """
-    report = Decode()
-    tracks = follow_faces(read_frames(data, config, report), config)
+    raw = RawClip(raw) if isinstance(raw, bytes) else raw
+    report = report if report is not None else Decode()
+    frames = read_clip(raw, config, report)
+    given = raw.cropped or raw.box is not None
+    tracks = given_track(frames, raw, config) if given else follow_faces(frames, config)
     if not tracks and report.frames < config.min_frames:
         raise Quarantined(Reason.TOO_SHORT, f"{report.frames} frames decode, a bag needs {config.min_frames}")
     if not tracks:
         raise Quarantined(Reason.NO_FACE, f"no face is followed for {config.min_frames} of {report.frames} frames")
     kept = tracks[:1] if config.faces == "largest" else tracks
-    return [_bag(track, f"{video_id}_{n}", n, name, config) for n, track in enumerate(kept)], report
+    bags = [_bag(track, f"{video_id}_{n}", n, name, config) for n, track in enumerate(kept)]
+    if given:
+        bags = [Bag(given_meta(bag.meta, raw, report), bag.encoded) for bag in bags]
+    return bags, report
 
 
 def _bag(track: Track, key: str, number: int, name: str, config: CropConfig) -> Bag:

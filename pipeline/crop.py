@@ -2,8 +2,9 @@
 
     <dataset>/crops/<crop hash>/<2 hex>/<video id>.<fingerprint>.tar
 
-The first member is the record; the bags follow, with nothing said of them. One put makes the object, so it
-exists whole or not at all, and a run that finds it decodes nothing.
+The first member is the record. The bags follow, with nothing said of them; of a video that is quarantined though some
+frame decoded, a small picture instead. One put makes the object, so it exists whole or not at all, and a run that finds
+it decodes nothing: to try a video again, delete its object.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.bags import Bag, video_to_bags
+from pipeline.bags import Bag
+from pipeline.clip import Cropped, quarantined
 from pipeline.contract import (
     SAID,
     SCHEMA_VERSION,
@@ -29,11 +31,14 @@ from pipeline.contract import (
     require_schema,
 )
 from pipeline.dataset import INDEX_SCHEMA
+from pipeline.raw import fetch_clip, list_images
+from pipeline.sandbox import crop_in_sandbox
 from pipeline.shards import bag_members, read_bags, read_members, write_members
 from pipeline.storage import Store, open_store, split_url
 
 _HEAD_BYTES = 32 * 1024
 _RECORD = "record.json"
+_THUMB = "thumb.jpg"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -57,7 +62,13 @@ class CropRecord:
     object: str
     """Key of the crop object in the dataset."""
     frames: int = 0
+    """That decoded, in the part that is meant."""
     bad_packets: int = 0
+    """Packets (of a folder: images) that did not decode."""
+    corrupt_frames: int = 0
+    """Of `frames`, those that the decoder marks as damaged."""
+    expected_frames: int | None = None
+    """As the container says; None if it does not say."""
     reason: str | None = None
     detail: str = ""
     bags: tuple[BagStub, ...] = ()
@@ -77,8 +88,17 @@ class CropRecord:
 
 
 def crop_key(video: Video, config: CropConfig) -> str:
-    """Where the crop of a video lies. Other pixels (settings, changed source) have another name."""
-    return f"crops/{config.hash}/{video.id[:2]}/{video.id}.{digest(video.fingerprint.encode())[:8]}.tar"
+    """Where the crop of a video lies. Other pixels (settings, changed source, another part) have another name."""
+    source = video.fingerprint + _part(video)
+    return f"crops/{config.hash}/{video.id[:2]}/{video.id}.{digest(source.encode())[:8]}.tar"
+
+
+def _part(video: Video) -> str:
+    """What of a file is meant, beside the file; empty for a whole video in which faces are searched."""
+    plain = Video(url="", name="")
+    fields = ("kind", "cropped", "start_s", "end_s", "box")
+    said = {name: getattr(video, name) for name in fields if getattr(video, name) != getattr(plain, name)}
+    return canonical_json(said) if said else ""
 
 
 def read_record(store: Store, key: str) -> CropRecord | None:
@@ -106,42 +126,41 @@ def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropReco
     found = read_record(store, key)
     if found is not None:
         return found, False
-    bags: list[Bag] = []
     try:
-        data = fetch_video(video, config)
-        bags, report = video_to_bags(data, name=video.name, video_id=video.id, config=config)
-        record = CropRecord(
-            video=video.name,
-            object=key,
-            frames=report.frames,
-            bad_packets=report.bad_packets,
-            detail="; ".join(report.notes),
-            bags=tuple(bag_stub(bag) for bag in bags),
-        )
+        done = crop_in_sandbox(fetch_clip(video, config), name=video.name, video_id=video.id, config=config)
     except Quarantined as why:
-        record = CropRecord(video=video.name, object=key, reason=why.reason.value, detail=why.detail)
-    members = [(_RECORD, record.to_json().encode()), *(m for bag in bags for m in bag_members(bag))]
-    store.put(key, write_members(members) + b"\0" * 1024)
+        done = quarantined(why)
+    record = _record(video, key, done)
+    members = [(_RECORD, record.to_json().encode()), *([(_THUMB, done.thumb)] if done.thumb else [])]
+    store.put(key, write_members(members) + done.tar + b"\0" * 1024)
     return record, True
+
+
+def _record(video: Video, key: str, done: Cropped) -> CropRecord:
+    return CropRecord(
+        video=video.name,
+        object=key,
+        frames=done.frames,
+        bad_packets=done.bad_packets,
+        corrupt_frames=done.corrupt_frames,
+        expected_frames=done.expected_frames,
+        reason=done.reason,
+        detail=done.detail,
+        bags=tuple(bag_stub(bag) for bag in read_bags(done.tar, video.name)),
+    )
 
 
 def _fingerprint_now(video: Video) -> str:
     """Of a video that no listing gave one: a file that was missing is looked for again in every run."""
+    if video.kind == "frames":
+        try:
+            images = list_images(open_store(video.url))
+        except Quarantined as why:
+            return why.reason.value
+        return digest(canonical_json([[image.key, image.fingerprint] for image in images]).encode())
     root, key = split_url(video.url)
     found = open_store(root).stat(key)
     return found.fingerprint if found else Reason.MISSING.value
-
-
-def fetch_video(video: Video, config: CropConfig) -> bytes:
-    """The encoded video. Raises Quarantined(MISSING | TOO_MANY_BYTES)."""
-    root, key = split_url(video.url)
-    source = open_store(root)
-    found = source.stat(key)
-    if found is None:
-        raise Quarantined(Reason.MISSING, f"{video.url} is not there")
-    if found.size > config.max_bytes:
-        raise Quarantined(Reason.TOO_MANY_BYTES, f"{found.size} bytes, the cap is {config.max_bytes}")
-    return source.get(key)
 
 
 def bag_stub(bag: Bag) -> BagStub:
@@ -162,9 +181,20 @@ def _columns(meta: BagMeta) -> dict[str, Any]:
 
 def read_crop(store: Store, key: str) -> list[Bag]:
     """The bags of a crop. Raises MicaclError if it was damaged, FileNotFoundError if it is gone."""
-    data = store.get(key)
-    name, record = next(read_members(data, store.url(key)), ("", b""))
-    if name != _RECORD:
+    data, at = store.get(key), 0
+    for name, member in read_members(data, store.url(key)):
+        if name not in (_RECORD, _THUMB):
+            break
+        at += 512 + -(-len(member) // 512) * 512
+    if not at:
         raise MicaclError(f"{store.url(key)} is no crop.", "Its bags were not used.", "Delete it and prepare again.")
-    start = 512 + -(-len(record) // 512) * 512
-    return list(read_bags(data[start:], store.url(key)))
+    return list(read_bags(data[at:], store.url(key)))
+
+
+def read_thumb(store: Store, key: str) -> bytes | None:
+    """A small JPEG of a video that is quarantined, or None: no frame of it decoded, or it is not quarantined.
+
+    Raises MicaclError if the crop was damaged, FileNotFoundError if it is gone.
+    """
+    members = read_members(store.get(key), store.url(key))
+    return next((data for name, data in members if name == _THUMB), None)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import crop
 from pipeline.bags import Bag
 from pipeline.codec import decode_instance, decode_jpeg, encode_jpeg
 from pipeline.contract import MicaclError, digest
+from pipeline.crop import read_thumb
 from pipeline.dataset import Dataset
 from pipeline.shards import read_bag
 from pipeline.storage import Store
@@ -62,8 +62,7 @@ def middle_jpegs(bag: Bag) -> list[bytes]:
 
 def thumbnail(store: Store, key: str) -> str:
     """A quarantined video's picture, as its crop object keeps it; empty if it has none that can be shown."""
-    read_thumb = getattr(crop, "read_thumb", None)
-    if read_thumb is None or not key:
+    if not key:
         return ""
     try:
         jpeg = read_thumb(store, key)

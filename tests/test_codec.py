@@ -398,7 +398,7 @@ def test_a_dataset_of_h264_is_verified_shown_and_forgotten(tmp_path: Path) -> No
     assert verify_dataset(url)["problems"] == []
     page = write_report(url).decode()
     pictures = [base64.b64decode(data) for data in re.findall(r"data:image/jpeg;base64,([^\"]+)", page)]
-    assert len(pictures) == INSTANCES * 5
+    assert len(pictures) == INSTANCES * 8
     assert {decode_jpeg(picture).shape for picture in pictures} == {(CROP.size, CROP.size, 3)}
     assert forget(url, subjects=["s1"])["bags"] == 2
     assert verify_dataset(url)["problems"] == []

@@ -10,10 +10,13 @@ import pytest
 
 from pipeline import crop
 from pipeline.bags import video_to_bags
+from pipeline.codec import encode_jpeg
 from pipeline.contract import CropConfig, MicaclError, Reason, Video
-from pipeline.crop import CropRecord, crop_key, crop_video, fetch_video, read_crop, read_record
+from pipeline.crop import CropRecord, crop_key, crop_video, read_crop, read_record, read_thumb
 from pipeline.demo import TEXT
-from pipeline.shards import bag_members, write_members
+from pipeline.demo_faces import Bytes
+from pipeline.raw import fetch_clip
+from pipeline.shards import bag_members, read_members, write_members
 from pipeline.sources import list_videos
 from pipeline.storage import LocalStore, open_store
 
@@ -62,8 +65,8 @@ def test_no_table_reaches_a_crop(video: Video, store: LocalStore, tmp_path: Path
 def test_a_second_crop_does_no_work(video: Video, store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
     first, _ = crop_video(video, CONFIG, store)
     entry = list(store.list())
-    monkeypatch.setattr(crop, "video_to_bags", lambda *_, **__: pytest.fail("decoded again"))
-    monkeypatch.setattr(crop, "fetch_video", lambda *_: pytest.fail("fetched again"))
+    monkeypatch.setattr(crop, "crop_in_sandbox", lambda *_, **__: pytest.fail("decoded again"))
+    monkeypatch.setattr(crop, "fetch_clip", lambda *_: pytest.fail("fetched again"))
     assert crop_video(video, CONFIG, store) == (first, False)
     assert list(store.list()) == entry
 
@@ -78,6 +81,51 @@ def test_a_changed_video_gets_another_object(video: Video, store: LocalStore) ->
     crop_video(video, CONFIG, store)
     assert crop_video(dataclasses.replace(video, fingerprint="other"), CONFIG, store)[1]
     assert len(list(store.list("crops/"))) == 2
+
+
+def test_parts_of_one_file_have_crops_of_their_own(video: Video) -> None:
+    parts = [
+        video,
+        *(dataclasses.replace(video, **part) for part in ({"start_s": 1.0}, {"end_s": 1.0}, {"start_s": 2.0})),
+        *(dataclasses.replace(video, **part) for part in ({"cropped": True}, {"kind": "frames"})),
+        *(dataclasses.replace(video, box=box) for box in ((0.0, 0.0, 9.0, 9.0), (0.0, 1.0, 9.0, 9.0))),
+    ]
+    assert len({crop_key(part, CONFIG) for part in parts}) == len(parts)
+
+
+def test_a_usable_video_leaves_no_picture(video: Video, store: LocalStore) -> None:
+    record, _ = crop_video(video, CONFIG, store)
+    assert read_thumb(store, record.object) is None
+    members = [name for name, _ in read_members(store.get(record.object), "x")]
+    assert members[0] == "record.json"
+    assert "thumb.jpg" not in members
+
+
+def test_equal_quarantine_gives_equal_bytes(raw: LocalStore, tmp_path: Path, face_video: Callable[..., bytes]) -> None:
+    raw.put("x.mp4", face_video())
+    video, config = (
+        Video(url=raw.url("x.mp4"), name="x.mp4", fingerprint="1"),
+        dataclasses.replace(CONFIG, min_frames=13),
+    )
+    stores = [LocalStore(str(tmp_path / name)) for name in ("a", "b")]
+    first, second = (store.get(crop_video(video, config, store)[0].object) for store in stores)
+    assert first == second
+    assert [name for name, _ in read_members(first, "x")] == ["record.json", "thumb.jpg"]
+
+
+def test_a_folder_of_images_is_one_video(raw: LocalStore, store: LocalStore, face_frames: Callable[..., Bytes]) -> None:
+    for number, frame_HW3 in enumerate(face_frames()):
+        raw.put(f"clip/{number}.jpg", encode_jpeg(frame_HW3, 95))
+    video = Video(url=raw.url("clip"), name="clip", kind="frames")
+    record, worked = crop_video(video, CONFIG, store)
+    assert (worked, record.reason, record.frames, record.expected_frames) == (True, None, 12, 12)
+    (bag,) = read_crop(store, record.object)
+    assert bag.meta.fps == pytest.approx((6 - 1) / bag.meta.seconds, abs=0.01)
+    assert crop_video(video, CONFIG, store) == (record, False)
+    raw.put("clip/3.jpg", b"damaged")
+    record, worked = crop_video(video, CONFIG, store)
+    assert (worked, record.frames, record.bad_packets) == (True, 11, 1)
+    assert "image 3" in record.detail
 
 
 def test_a_place_does_not_change_the_name(video: Video) -> None:
@@ -111,6 +159,10 @@ def test_a_quarantined_video_has_a_record_and_no_bag(
     assert (worked, record.reason, record.bags) == (True, reason.value, ())
     assert record.detail
     assert read_crop(store, record.object) == []
+    assert read_record(store, record.object) == record
+    thumb = read_thumb(store, record.object)
+    assert (thumb is not None and thumb.startswith(b"\xff\xd8")) == (data == "a face")
+    assert record.frames == (12 if data == "a face" else 0)
     assert crop_video(video, config, store) == (record, False)
 
 
@@ -170,7 +222,7 @@ def test_a_refused_bucket_stops_the_run_instead_of_filling_the_quarantine(
     url = f"{s3('raw')}/x.mp4"
     s3_environment(AWS_SECRET_ACCESS_KEY="wrong")
     with pytest.raises(MicaclError, match="403"):
-        fetch_video(Video(url=url, name="x.mp4"), CONFIG)
+        fetch_clip(Video(url=url, name="x.mp4"), CONFIG)
 
 
 def test_crops_on_s3_are_the_crops_in_a_folder(

@@ -73,8 +73,8 @@ def run(url: str) -> None:
         dataset = open_dataset(url)
         assert dataset.number == 1
         stream = BagStream(dataset, dataset.index, StreamConfig())
-        read = {bag.meta.key: bag.jpegs for bag in pool.map(stream.bag, range(dataset.index.num_rows))}
-    assert read == {bag.meta.key: bag.jpegs for _, bag in bags()}
+        read = {bag.meta.key: bag.encoded for bag in pool.map(stream.bag, range(dataset.index.num_rows))}
+    assert read == {bag.meta.key: bag.encoded for _, bag in bags()}
 
 
 def objects(url: str) -> dict[str, str]:

@@ -14,7 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.bags import decode_jpeg, video_to_bags
+from pipeline.bags import video_to_bags
+from pipeline.codec import decode_jpeg
 from pipeline.contract import CropConfig
 from pipeline.phash import (
     HEX_DIGITS,
@@ -197,7 +198,7 @@ def test_a_real_clip_scaled_darker_at_half_the_rate_is_a_copy(media: Path) -> No
 def test_the_hash_of_a_bag_is_of_its_frames(face_video: object) -> None:
     data = face_video("happy", 24, 200)  # type: ignore[operator]
     bags, _ = video_to_bags(data, name="clip", video_id="0" * 16, config=CropConfig())
-    frames = [decode_jpeg(jpeg) for instance in bags[0].jpegs for jpeg in instance]
+    frames = [decode_jpeg(jpeg) for instance in bags[0].encoded for jpeg in instance]
     look, motion = distance(bags[0].meta.phash, bag_phash(frames))
     assert look <= 3
     assert motion <= 24  # JPEG moves signs of weak frequencies

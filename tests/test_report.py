@@ -12,14 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import crop
-from pipeline.bags import encode_jpeg
+from pipeline.codec import encode_jpeg
 from pipeline.contract import FOLDS, canonical_json, digest
+from pipeline.crop import CropRecord
 from pipeline.dataset import open_dataset
 from pipeline.forget import forget
 from pipeline.histograms import BINS, HEIGHT, MEASURES, WIDTH, histogram
 from pipeline.report import BAGS_PER_CLASS, MAX_SUSPECTS, write_report
-from pipeline.storage import LocalStore, Store
+from pipeline.shards import write_members
+from pipeline.storage import LocalStore
 from tests.test_verify import a_video, edit_version, hash_near, place
 from tests.tiny_dataset import make_dataset
 
@@ -201,23 +202,19 @@ def test_layout_of_the_source_is_on_the_page(url: str) -> None:
     assert "<li>One &lt;folder&gt; a class.</li>" in text
 
 
-def test_quarantined_videos_have_their_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quarantined_videos_have_their_picture(tmp_path: Path) -> None:
     """Lines name their crop; what it holds is shown if it is a JPEG, and nothing else is."""
-    lost = {f"{n}.mp4": ("no_face", "no face") for n in ("good", "none", "bad", "gone")}
+    grey = encode_jpeg(np.full((64, 64, 3), 90, np.uint8), 80)
+    thumbs = {"good.mp4": grey, "none.mp4": None, "bad.mp4": b"<svg onload=alert(1)>"}
+    lost = dict.fromkeys((*thumbs, "gone.mp4"), ("no_face", "no face"))
     store = LocalStore(make_dataset(tmp_path, {"train": {"happy": 1}}, 0, quarantined=lost))
     name_objects(store)
-    grey = encode_jpeg(np.full((64, 64, 3), 90, np.uint8), 80)
-
-    def read_thumb(where: Store, key: str) -> bytes | None:
-        if key == "gone.mp4":
-            raise FileNotFoundError(key)
-        return {"good.mp4": grey, "bad.mp4": b"<svg onload=alert(1)>"}.get(key)
-
-    monkeypatch.setattr(crop, "read_thumb", read_thumb, raising=False)
+    for name, thumb in thumbs.items():
+        record = CropRecord(video=name, object=name, reason="no_face").to_json().encode()
+        members = [("record.json", record), *([("thumb.jpg", thumb)] if thumb else [])]
+        store.put(name, write_members(members) + b"\0" * 1024)
     page = Page(write_report(store.root))
     assert [img["alt"] for img in page.of("img") if "A frame of" in str(img["alt"])] == ["A frame of good.mp4"]
-    monkeypatch.delattr(crop, "read_thumb")
-    assert b"A frame of" not in write_report(store.root)
 
 
 def name_objects(store: LocalStore) -> None:

@@ -1,12 +1,13 @@
 """The recogniser behind HTTP, with Ray Serve.
 
-    POST /v1/predict ──> Ingress (CPU): body, capped ──> thread: video_to_bags ──tar blocks──┐
+    POST /v1/predict ──> Ingress (CPU): body, capped ──> thread: its sandbox ──tar blocks────┐
                                                                                             v
     answer <── probabilities of every face <────────────── Classifier (model): batches of up to 16 videos
 
 The preprocessing and the model are those of `micacl.predictor`, so the online answer is the offline one. Between the
-two go tar blocks as in a shard, and JSON-like values back. Uploads live in memory while they are worked on: they are
-never written to disk and nothing of them is logged.
+two go tar blocks as in a shard, and JSON-like values back. Each thread has a child process that decodes, so that a
+hostile upload ends that child at most. Uploads live in memory while they are worked on: they are never written to disk
+and nothing of them is logged.
 
 `build` is the door for `serve deploy cluster/deploy/serve.yaml`, `run_server` the one for `micacl serve`.
 
@@ -36,7 +37,7 @@ from ray.serve.handle import DeploymentHandle
 
 from cluster.serve.client import wait_for_health
 from cluster.serve.schemas import MIB, Answer, BuildArgs, Health, Refusal, Refused, Seconds, busy, unusable
-from cluster.serve.steps import installed_version, open_bundle, preprocess, read_body, synthetic_bag
+from cluster.serve.steps import installed_version, open_bundle, preprocess, read_body, start_sandboxes, synthetic_bag
 from micacl.bundle import load_bundle
 from micacl.predictor import FacePrediction, Predictor
 from pipeline.bags import Bag
@@ -88,6 +89,7 @@ class Ingress:
         self.bundle_id, self.labels, self.crop = bundle.id, list(bundle.labels), bundle.crop
         self.cap_bytes = min(self.args.max_upload_mb * MIB, self.crop.max_bytes)
         self.decoders = ThreadPoolExecutor(self.args.decode_threads, thread_name_prefix="decode")
+        start_sandboxes(self.decoders, self.args.decode_threads)
         folder = importlib.resources.files("cluster.serve") / "page"
         self.page = {name: (folder / name).read_bytes() for name in _PAGE}
 

@@ -10,16 +10,18 @@ import asyncio
 import dataclasses
 import importlib.metadata
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from starlette.requests import ClientDisconnect
 
 from cluster.serve.schemas import BuildArgs, Refused, too_large
 from micacl.bundle import Bundle, load_bundle
-from pipeline.bags import Bag, video_to_bags
+from pipeline.bags import Bag
 from pipeline.codec import encode_instance
 from pipeline.contract import BagMeta, CropConfig, Video
-from pipeline.shards import bag_members, write_members
+from pipeline.raw import RawClip
+from pipeline.sandbox import crop_in_sandbox, thread_sandbox
 
 
 def installed_version() -> str:
@@ -67,9 +69,18 @@ async def read_body(chunks: AsyncIterator[bytes], declared: str | None, cap_byte
 
 
 def preprocess(data: bytes, name: str, crop: CropConfig) -> bytes:
-    """An encoded video -> tar blocks of its bags, largest face first. Raises Quarantined."""
-    bags, _ = video_to_bags(data, name=name, video_id=Video(url=name, name=name).id, config=crop)
-    return b"".join(write_members(bag_members(bag)) for bag in bags)
+    """An encoded video -> tar blocks of its bags, largest face first, made in the calling thread's sandbox.
+
+    Raises Quarantined; CRASHED if the sandbox died of the video.
+    """
+    video_id = Video(url=name, name=name).id
+    return crop_in_sandbox(RawClip(data), name=name, video_id=video_id, config=crop).require()
+
+
+def start_sandboxes(decoders: ThreadPoolExecutor, threads: int) -> None:
+    """Start the sandbox of every thread, so that the first uploads do not wait for it."""
+    for _ in range(threads):  # each start keeps its thread busy, so the next one gets another thread
+        decoders.submit(lambda: thread_sandbox().start())
 
 
 def synthetic_bag(crop: CropConfig) -> Bag:
