@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import sys
-import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -378,20 +376,31 @@ def test_exit_codes_tell_damage_from_leaks(tmp_path: Path) -> None:
     assert [p["severity"] for p in done.result["problems"]] == ["damage", "leak"]  # the worst first
 
 
-def test_layout_and_published_counts_are_notes(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layout_and_published_counts_are_notes(store: LocalStore) -> None:
     layout = "DFEW with single labels, 5 folds."
     edit_version(store, lambda body: body.update(source={"kind": "dfew", "layout": layout}))
-    monkeypatch.setitem(sys.modules, "pipeline.sources.published", None)  # not merged yet
-    assert verify_dataset(store.root)["notes"] == [layout]
-    table = types.SimpleNamespace(
-        differences=lambda kind, counts: [f"{kind}: {counts['train']['sad']} sad, published 4"]
-    )
-    monkeypatch.setitem(sys.modules, "pipeline.sources.published", table)
     result = verify_dataset(store.root)
     assert result["ok"]
-    assert result["notes"] == [layout, "dfew: 3 sad, published 4"]
+    assert result["notes"][0] == layout
+    assert result["notes"][1].startswith("fold-1: 0 clips, 2341 are published; happy 0 (489), sad 0 (379)")
+    assert result["notes"][-1] == "train: 8 clips, the published lists have no such part."
+    edit_version(store, lambda body: body.update(source={"kind": "mafw"}))
+    assert verify_dataset(store.root)["notes"][0] == "fold-1: 0 clips, 1839 are published."
     edit_version(store, lambda body: body.update(source={"kind": "folder"}))
     assert verify_dataset(store.root)["notes"] == []
+
+
+def test_lists_that_a_version_names_are_checked(store: LocalStore) -> None:
+    store.put("records/x.parquet", b"what was written")
+    listed = {"path": "records/x.parquet", "sha256": digest(b"what was written")}
+    edit_version(store, lambda body: body.update(records=[listed]))
+    assert verify_dataset(store.root)["ok"]
+    store.put("records/x.parquet", b"what was writteN")
+    [problem] = verify_dataset(store.root)["problems"]
+    assert problem["where"] == store.url("records/x.parquet")
+    edit_version(store, lambda body: body.update(records=[], quarantine={"path": "records/x.parquet"}))
+    [problem] = verify_dataset(store.root)["problems"]
+    assert "names no sha256" in problem["what"]
 
 
 def test_a_long_run_says_how_far_it_is(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
