@@ -253,6 +253,8 @@ def test_all_that_prepare_writes_is_on_the_page(prepared: Dataset, reader: Reade
     folders = set(re.findall(r"^  ([\w-]+)[/.]", PAGE.split("```")[1], re.MULTILINE))
     assert {re.split(r"[/.]", entry.key)[0] for entry in store.list()} == folders - {"forgetting"}
     assert [row for row, _, _ in reader(store.root)] == prepared.index.to_pylist()
+    with_nulls = {name for name in prepared.index.column_names if prepared.index[name].null_count}
+    assert with_nulls <= {"subject", "fold", "scene", "yaw"}
     for fold in (1, 2):
         seen = [row for row, _, _ in reader(store.root, fold)]
         assert seen == open_dataset(store.root, fold=fold).index.to_pylist()
