@@ -1,6 +1,6 @@
 """What tells two pictures apart: hard cuts between frames, and whether two faces may be one person a moment later.
 
-The limits were measured on real clips (docs/benchmarks.md, Tracks): patches of one person 3 frames apart correlate at
+The limits were measured on real clips (docs/decisions/0015): patches of one person 3 frames apart correlate at
 0.69 or more, of two persons at 0.41 in the median.
 """
 
