@@ -224,7 +224,7 @@ def test_of_two_who_commit_one_wins_and_the_other_is_told(
     won = [body for body, answer in zip(bodies, told, strict=True) if answer == (1, True)]
     assert len(won) == 1
     (refusal,) = (answer for answer in told if isinstance(answer, MicaclError))
-    assert f"Somebody else committed version 1 of {url} first." in str(refusal)
+    assert f"Somebody else committed version 1 of {url} first (no bags)." in str(refusal)
     store = open_store(url)
     assert list_versions(store) == [1]
     assert open_dataset(url).labels == tuple(won[0]["labels"])
