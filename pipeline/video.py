@@ -2,8 +2,9 @@
 
 Decoded packet by packet: a corrupted middle costs the frames that do not decode, and `Decode` says how many packets
 were bad and how many frames the decoder had to patch up. Display rotation and non-square pixels are honoured; variable
-frame rate is kept as timestamps; 10-bit video is scaled to 8. Memory holds one frame. Caps are checked before the bytes
-they bound. The number of frames has no cap of its own: seconds and CPU seconds bound it.
+frame rate is kept as timestamps; 10-bit video is scaled to 8. Memory holds one frame, and one for the picture of a clip
+that cannot be used. Caps are checked before the bytes they bound. The number of frames has no cap of its own: seconds
+and CPU seconds bound it.
 """
 
 from __future__ import annotations
@@ -60,20 +61,25 @@ class Decode:
     expected_frames: int | None = None
     """As the container says; None if it does not say, or a part is asked for."""
     notes: list[str] = field(default_factory=list)
-    thumb_HWC: RGB | None = None
-    """A small picture of frame 0, 1, 2, 4, 8, ..., the last that came: never before the middle of what was seen."""
+    picture_HWC: RGB | None = None
+    """Frame 0, 1, 2, 4, 8, ..., the last that came: never before the middle of what was seen."""
     shape_HW: tuple[int, int] = (0, 0)
     """Of the first frame."""
 
     def take(self, t_s: float, rgb_HWC: RGB, *, corrupt: bool = False) -> Frame:
         """Count a frame that is handed on."""
         if self.frames & (self.frames - 1) == 0:
-            self.thumb_HWC = _shrink(rgb_HWC)
+            self.picture_HWC = rgb_HWC
         if not self.frames:
             self.shape_HW = rgb_HWC.shape[0], rgb_HWC.shape[1]
         self.frames += 1
         self.corrupt_frames += corrupt
         return Frame(self.frames - 1, t_s, rgb_HWC)
+
+    @property
+    def thumb_HWC(self) -> RGB | None:
+        """The picture, small. Made when it is asked for: of most clips nobody asks."""
+        return None if self.picture_HWC is None else _shrink(self.picture_HWC)
 
     def lose(self, why: str) -> None:
         """Count a packet or image that does not decode."""
