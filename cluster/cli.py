@@ -23,7 +23,7 @@ VERBS: dict[str, Verb] = {
     "train": Verb("train a recipe on a dataset: micacl train RECIPE DATASET RUN", "cluster.cli:train"),
     "evaluate": Verb("score a run or bundle on a split, every clip once", "cluster.cli:evaluate"),
     "export": Verb("checkpoint -> bundle for inference", "cluster.cli:export"),
-    "predict": Verb("a bucket of videos -> Parquet of probabilities", "cluster.cli:predict"),
+    "predict": Verb("a bucket of clips -> Parquet of probabilities", "cluster.cli:predict"),
     "serve": Verb("answer predictions over HTTP", "cluster.cli:serve"),
 }
 
@@ -149,18 +149,20 @@ def predict(
     raw: Raw,
     out: Out,
     source: str = "bucket",
+    frames: str = "auto",
     faces: str = "all",
     workers: int = 1,
     gpu: bool = False,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Predict every face of every video of a bucket.
+    """Predict every face of every clip of a bucket.
 
     Args:
         bundle: from `micacl export`.
-        raw: folder or s3://bucket/prefix of videos.
+        raw: folder or s3://bucket/prefix of clips, or a table of them.
         out: where predictions-*.parquet goes.
         source: bucket, table, folder, auto, or a data set (dfew, ferv39k, ...; docs/data.md).
+        frames: as in prepare: images takes each folder of whole frames as a clip, aligned each folder of face crops.
         faces: all, or largest for one face a video.
         workers: actors that hold the model.
         gpu: one GPU an actor.
@@ -169,11 +171,12 @@ def predict(
     from cluster.predict import predict as job
     from micacl.bundle import load_bundle
     from pipeline.ray_local import ray_session
-    from pipeline.sources import list_videos
+    from pipeline.sources import SourceOptions, list_videos
     from pipeline.storage import open_store
 
     require_at_least(1, ("--workers", workers))
-    loaded, videos = load_bundle(absolute(bundle)), list_videos(absolute(raw), source)
+    options = SourceOptions(frames=frames)
+    loaded, videos = load_bundle(absolute(bundle)), list_videos(absolute(raw), source, options)
     open_store(absolute(out)).check()
     say(f"{len(videos)} videos in {raw}, bundle {loaded.id}")
     with ray_session(address=address):

@@ -272,6 +272,7 @@ def check_storage(url: str) -> list[Check]:
             checks.append(_guarded(f"storage {name}", partial(step, store, prefix, name), remedy))
             if not checks[-1].ok and name == "write":
                 break
+        checks.append(_guarded("storage uploads", lambda: _open_uploads(store)))
     finally:
         checks.append(_guarded("storage delete", lambda: _delete(store, prefix), "Allow s3:DeleteObject, or clean up."))
     return checks
@@ -306,6 +307,21 @@ def _list(store: Store, prefix: str, name: str) -> Check:
     found = {entry.key: entry.size for entry in store.list(prefix)}
     ok = found.get(f"{prefix}-body") == len(_BODY)
     return _compare(f"storage {name}", ok, f"{len(found)} objects of this check")
+
+
+def _open_uploads(store: Store) -> Check:
+    """Parts of large objects whose process died are invisible and cost money. Not to be told of them is no failure."""
+    name = "storage uploads"
+    try:
+        found = store.open_uploads()
+    except MicaclError as error:
+        remedy = "To be told of uploads that were left open, allow s3:ListBucketMultipartUploads."
+        return Check(name=name, ok=True, detail=f"not told: {error.cause}", remedy=remedy)
+    if not found:
+        detail = "this storage knows none" if found is None else "none in parts was left open"
+        return Check(name=name, ok=True, detail=detail)
+    remedy = "If nothing is running, killed processes left them: a lifecycle rule ends them (docs/decisions/0005)."
+    return Check(name=name, ok=True, detail=f"{found}{'+' * (found >= 1000)} in parts are open", remedy=remedy)
 
 
 def _delete(store: Store, prefix: str) -> Check:

@@ -3,7 +3,7 @@
     list ──> crop (tasks on CPUs; bags as tar blocks) ──> classify (actors that hold the model) ──> one row a face
 
 A video that cannot be used gives one row with its reason: as many videos come out as went in. Output files are named
-by the videos in them and the bundle, so running again writes the same objects.
+by the clips in them and the bundle, so running again writes the same objects.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def predict(
 ) -> dict[str, Any]:
     """Predict videos on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
     store, crop = open_store(out_url), dataclasses.replace(bundle.crop, faces=faces)
-    rows = [{"name": v.name, "video": canonical_json(dataclasses.asdict(v))} for v in videos]
+    rows = [{"name": v.name, "video": v.to_json()} for v in videos]
     found = _run(rows, bundle.url, crop, workers=workers, gpu=gpu)
     out = sorted(found, key=lambda row: (row["video"], row["track"]))
-    inputs = canonical_json([bundle.id, crop.hash, [v.name for v in videos]])
+    inputs = canonical_json([bundle.id, crop.hash, [[v.name, v.kind, v.cropped] for v in videos]])
     key = f"predictions-{digest(inputs.encode())[:16]}.parquet"
     store.put(key, _parquet(out, bundle.labels, bundle.id))
     bad = Counter(row["reason"] for row in out if row["reason"])
@@ -62,7 +62,7 @@ def _run(
     quiet_ray_data()
 
     def crop_batch(batch: dict[str, Any]) -> dict[str, list[Any]]:
-        done = [_crop_one(Video(**json.loads(str(text))), crop) for text in batch["video"]]
+        done = [_crop_one(Video.from_json(str(text)), crop) for text in batch["video"]]
         tars, reasons, errors = zip(*done, strict=True)
         return {"name": list(batch["name"]), "tar": list(tars), "reason": list(reasons), "error": list(errors)}
 

@@ -32,6 +32,9 @@ FOLDS = "folds"
 SAID = ("label", "split", "subject", "fold", "scene")
 """Fields of a bag that a source says and no pixel depends on: None in a crop, filled in by pack."""
 DETECTOR = "yunet-2023mar"
+FALLBACK_DETECTOR = "retinaface-mobilenet025"
+FALLBACKS = (FALLBACK_DETECTOR, "none")
+ALIGNS = ("roll", "box")
 CODECS = ("jpeg", "h264")
 
 
@@ -132,6 +135,10 @@ class CropConfig:
     """Frames are scaled down (never up) to this long side before detection, pixels."""
     detect_score: float = 0.6
     detector: str = DETECTOR
+    fallback: str = FALLBACK_DETECTOR
+    """Searches again in clips in which the detector follows nobody; `none` does without."""
+    align: str = "roll"
+    """`roll` turns the crop so that the face stands upright in the median of the track; `box` leaves it as it is."""
     faces: str = "largest"
     """`largest` keeps one track a video, `all` keeps every track."""
     instances: int = 4
@@ -176,8 +183,13 @@ class CropConfig:
             require_between(low, high, flag, value)
         if self.detector != DETECTOR:
             raise MicaclError(f"--crop.detector is {self.detector!r}.", "No face can be found.", f"Use {DETECTOR}.")
-        if self.codec not in CODECS:
-            raise MicaclError(f"--crop.codec is {self.codec!r}.", "Nothing was done.", f"Use {' or '.join(CODECS)}.")
+        for flag, word, words in (
+            ("--crop.fallback", self.fallback, FALLBACKS),
+            ("--crop.align", self.align, ALIGNS),
+            ("--crop.codec", self.codec, CODECS),
+        ):
+            if word not in words:
+                raise MicaclError(f"{flag} is {word!r}.", "Nothing was done.", f"Use {' or '.join(words)}.")
         if self.min_frames < self.instances:
             raise MicaclError(
                 f"--crop.min-frames {self.min_frames} is below --crop.instances {self.instances}.",
@@ -232,6 +244,8 @@ class BagMeta:
     """CropConfig.hash."""
     boxes: tuple[tuple[float, float, float], ...]
     """Of each instance: centre x, centre y and side of the square that was cut, in source pixels."""
+    roll: float = 0.0
+    """The squares are turned by this many degrees clockwise about their centres (CropConfig.align)."""
     codec: str = "jpeg"
     face_px: float = 0.0
     """Median over the frames of the longer side of the face box, source pixels; 0 if no face was searched."""

@@ -31,6 +31,7 @@ from pipeline.contract import (
     require_schema,
 )
 from pipeline.dataset import INDEX_SCHEMA
+from pipeline.image_folders import folder_fingerprint
 from pipeline.raw import fetch_clip, list_images
 from pipeline.sandbox import crop_in_sandbox
 from pipeline.shards import bag_members, read_bags, read_members, write_members
@@ -151,13 +152,14 @@ def _record(video: Video, key: str, done: Cropped) -> CropRecord:
 
 
 def _fingerprint_now(video: Video) -> str:
-    """Of a video that no listing gave one: a file that was missing is looked for again in every run."""
+    """Of a video that no listing gave one, the one that a listing would give; what is missing is looked for again in
+    every run.
+    """
     if video.kind == "frames":
         try:
-            images = list_images(open_store(video.url))
+            return folder_fingerprint(list_images(open_store(video.url)))
         except Quarantined as why:
             return why.reason.value
-        return digest(canonical_json([[image.key, image.fingerprint] for image in images]).encode())
     root, key = split_url(video.url)
     found = open_store(root).stat(key)
     return found.fingerprint if found else Reason.MISSING.value

@@ -64,6 +64,7 @@ INDEX_SCHEMA = pa.schema(
         ("face_share", pa.float64()),
         ("blur", pa.float64()),
         ("yaw", pa.float64()),
+        ("roll", pa.float64()),
         ("phash", pa.string()),
         ("crop", pa.string()),
     ]

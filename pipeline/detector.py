@@ -64,23 +64,48 @@ def _session() -> onnxruntime.InferenceSession:
     for output in model.graph.output:
         output.type.tensor_type.shape.dim[1].dim_param = f"anchors_{output.name}"
     del model.graph.value_info[:]
+    return open_session(model.SerializeToString())
+
+
+def open_session(weights: bytes) -> onnxruntime.InferenceSession:
+    """On one thread of the CPU: workers are the parallelism, and one thread computes the same everywhere."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 3
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(weights, options, providers=["CPUExecutionProvider"])
 
 
 def detect(rgb_HWC: NDArray[np.uint8], config: CropConfig) -> list[Face]:
     """Faces in a frame, best score first. Boxes are in pixels of `rgb_HWC`."""
+    blob_1CHW, scale = net_input(rgb_HWC, config.detect_side)
+    outputs = _session().run(None, {"input": blob_1CHW})
+    return best_faces(*_decode(outputs, blob_1CHW.shape[3], config.detect_score), scale)
+
+
+def net_input(
+    rgb_HWC: NDArray[np.uint8], side: int, mean_BGR: tuple[float, float, float] = (0, 0, 0)
+) -> tuple[NDArray[np.float32], float]:
+    """A frame as the nets take it: (1, 3, h, w) float32 BGR 0..255 less the mean, scaled down to the long side and
+    filled up on the right and below to multiples of 32 with black; and its scale.
+    """
     height, width = rgb_HWC.shape[:2]
-    scale = min(1.0, config.detect_side / max(height, width))
+    scale = min(1.0, side / max(height, width))
     small = cv2.resize(rgb_HWC, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA) if scale < 1 else rgb_HWC
-    h, w = small.shape[:2]
-    padded = np.zeros((-(-h // _MULTIPLE) * _MULTIPLE, -(-w // _MULTIPLE) * _MULTIPLE, 3), np.float32)
-    padded[:h, :w] = small[..., ::-1]  # the net was trained on BGR, 0..255
-    outputs = _session().run(None, {_session().get_inputs()[0].name: padded.transpose(2, 0, 1)[None]})
-    boxes, scores, points = _decode(outputs, padded.shape[0], padded.shape[1], config.detect_score)
-    keep = cv2.dnn.NMSBoxes(boxes.tolist(), scores.tolist(), config.detect_score, _OVERLAP) if len(boxes) else ()
+    below, right = (-edge % _MULTIPLE for edge in small.shape[:2])
+    if below or right:
+        small = cv2.copyMakeBorder(small, 0, below, 0, right, borderType=cv2.BORDER_CONSTANT, value=(0, 0, 0))
+    return np.asarray(cv2.dnn.blobFromImage(small, 1.0, mean=mean_BGR, swapRB=True), np.float32), scale
+
+
+def best_faces(
+    boxes: NDArray[np.float32], scores: NDArray[np.float32], points: NDArray[np.float32], scale: float
+) -> list[Face]:
+    """Of boxes that overlap the best one, in pixels of the frame, best score first.
+
+    Args:
+        boxes: (n, 4) x, y, w, h; scores (n,); points (n, 10), all in pixels of the scaled frame.
+    """
+    keep = cv2.dnn.NMSBoxes(boxes.tolist(), scores.tolist(), 0.0, _OVERLAP) if len(boxes) else ()
     faces = [_face(boxes[i], float(scores[i]), points[i], scale) for i in np.asarray(keep, int).reshape(-1)]
     return sorted(faces, key=lambda face: (-face.score, face.x, face.y))
 
@@ -91,7 +116,7 @@ def _face(box: NDArray[np.float32], score: float, points: NDArray[np.float32], s
 
 
 def _decode(
-    outputs: list[NDArray[np.float32]], height: int, width: int, least: float
+    outputs: list[NDArray[np.float32]], width: int, least: float
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Net outputs -> boxes (n, 4) as x, y, w, h; scores (n,); landmarks (n, 10). Only scores >= least."""
     boxes, scores, points = [], [], []
@@ -105,5 +130,4 @@ def _decode(
         boxes.append(np.concatenate([centre - extent / 2, extent], 1))
         scores.append(score[at])
         points.append((kps[at].reshape(-1, 5, 2) + corner[:, None]).reshape(-1, 10) * stride)
-    del height
     return np.concatenate(boxes), np.concatenate(scores), np.concatenate(points)

@@ -1,33 +1,34 @@
 """Frames -> face tracks. One pass over the video, memory bounded by the frames that a bag can store.
 
-    frames ──every n-th──> detect ──overlap──> tracks ──box per frame (interpolated)──> regions ──thin out──> Track
+    frames ──every n-th──> detect ──overlap, looks──> tracks ──box per frame (interpolated)──> regions ──thin──> Track
 
-* Faces are searched in every n-th frame (`detect_every`); between two searches the box is interpolated.
-* A face joins the track it overlaps most (IoU >= 0.3). A track that is not found twice in a row ends, and so do all
-  tracks at a hard cut: a track never jumps to another person across a cut.
+* Faces are searched in every n-th frame (`detect_every`), and at once at the start and after a hard cut; between two
+  searches the box is interpolated.
+* A face joins the track that it overlaps most (IoU >= 0.3) and looks like (pipeline/looks.py), the best pair first. A
+  track ends rather than jump to another person: at a hard cut, and where it is not found twice in a row; the frames
+  since it was last seen are then not part of it.
 * Of each frame only the region around the face is kept, and of a long track only every 2nd, 4th, ... frame, so that
   at most twice the frames that a bag stores are in memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
-import cv2
 import numpy as np
 
-from pipeline.contract import CropConfig
+from pipeline import retinaface
+from pipeline.contract import DETECTOR, FALLBACK_DETECTOR, CropConfig
 from pipeline.detector import Face, detect
+from pipeline.looks import Patch, alike, face_patch, is_cut, thumbnail
 from pipeline.video import RGB, Frame
 
 _JOIN_OVERLAP = 0.3
 _MISSES = 2
 """A track ends when this many searches in a row do not find it."""
 _SLACK = 1.5
-"""Side of the kept region over the side of the crop: room for the face to move within an instance."""
-_CUT_LEVEL = 20.0
-"""Mean absolute difference of two neighbouring 32x18 grey thumbnails, of 255, that counts as a cut."""
+"""Side of the kept region over the side of the crop: room for the face to move and the crop to turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,9 @@ class Track:
     limit: int
     cuts: list[Cut] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
+    """Of the searches that found it."""
+    searches: int = 0
+    """While it was followed, up to the last that found it."""
     seen: int = 0
     """Frames the face was followed for, kept or thinned out."""
     stride: int = 1
@@ -89,30 +93,35 @@ class _Open:
     track: Track
     box: Box
     face: Face
+    patch: Patch
     misses: int = 0
+    held: list[Cut] = field(default_factory=list)
+    """Frames since the face was last found: part of the track only if it is found again."""
 
 
-def follow_faces(frames: Iterable[Frame], config: CropConfig) -> list[Track]:
+def follow_faces(frames: Iterable[Frame], config: CropConfig, detector: str = DETECTOR) -> list[Track]:
     """All face tracks of a video with at least `config.min_frames` frames, largest first.
 
     Args:
-        frames: in time order, as pipeline.video.read_frames yields them.
+        frames: in time order, as pipeline.raw.read_clip yields them.
+        detector: DETECTOR or FALLBACK_DETECTOR.
     """
+    search = {DETECTOR: detect, FALLBACK_DETECTOR: retinaface.detect}[detector]
     finished: list[Track] = []
     alive: list[_Open] = []
     pending: list[Frame] = []
     previous: RGB | None = None
     at_once = True  # at the start and after a cut
     for frame in frames:
-        thumbnail = _thumbnail(frame.rgb_HWC)
-        if previous is not None and _is_cut(previous, thumbnail):
+        now = thumbnail(frame.rgb_HWC)
+        if previous is not None and is_cut(previous, now):
             _hold(alive, pending, config)
             finished += [o.track for o in alive]
             alive, pending, at_once = [], [], True
-        previous = thumbnail
+        previous = now
         pending.append(frame)
         if len(pending) >= config.detect_every or at_once:
-            alive, ended = _search(alive, pending, config)
+            alive, ended = _search(alive, pending, config, search)
             finished += ended
             pending, at_once = [], False
     _hold(alive, pending, config)
@@ -121,48 +130,68 @@ def follow_faces(frames: Iterable[Frame], config: CropConfig) -> list[Track]:
     return sorted(kept, key=lambda t: (-t.area_seconds, t.cuts[0].t_s, t.cuts[0].left, t.cuts[0].top))
 
 
-def _search(alive: list[_Open], pending: list[Frame], config: CropConfig) -> tuple[list[_Open], list[Track]]:
+def _search(
+    alive: list[_Open], pending: list[Frame], config: CropConfig, search: Callable[..., list[Face]]
+) -> tuple[list[_Open], list[Track]]:
     """Look for faces in the last pending frame, extend the tracks over all of them. Returns (alive, ended)."""
-    free = detect(pending[-1].rgb_HWC, config)
+    rgb_HWC = pending[-1].rgb_HWC
+    found = search(rgb_HWC, config)
+    patches = [face_patch(rgb_HWC, face) for face in found]
+    joined = _pairs(alive, found, patches)
     still, ended = [], []
-    for one in alive:
-        best = max(free, key=lambda face: _overlap(one.face, face), default=None)
-        if best is not None and _overlap(one.face, best) >= _JOIN_OVERLAP:
-            free.remove(best)
-            _extend(one, pending, best, config)
+    for number, one in enumerate(alive):
+        if number in joined:
+            at = joined[number]
+            _extend(one, pending, found[at], patches[at], config)
             still.append(one)
         elif one.misses + 1 >= _MISSES:
             ended.append(one.track)
         else:
             one.misses += 1
-            _cut_all(one, pending, [one.box] * len(pending), config)
+            one.held += [_cut(frame, one.box, config) for frame in pending]
             still.append(one)
-    for face in free:
-        track = Track(config.instances * config.frames_per_instance)
-        new = _Open(track, _box(face), face)
-        _extend(new, pending[-1:], face, config)
-        still.append(new)
+    taken = set(joined.values())
+    for at, (face, patch) in enumerate(zip(found, patches, strict=True)):
+        if at not in taken:
+            new = _Open(Track(config.instances * config.frames_per_instance), _box(face), face, patch)
+            _extend(new, pending[-1:], face, patch, config)
+            still.append(new)
     return still, ended
 
 
-def _extend(one: _Open, pending: list[Frame], face: Face, config: CropConfig) -> None:
+def _pairs(alive: list[_Open], found: list[Face], patches: list[Patch]) -> dict[int, int]:
+    """Which track is which face, by number: the pair that overlaps most first, each once."""
+    pairs = [
+        (overlap, n, at)
+        for n, one in enumerate(alive)
+        for at, face in enumerate(found)
+        if (overlap := _overlap(one.face, face)) >= _JOIN_OVERLAP and alike(one.patch, patches[at])
+    ]
+    joined: dict[int, int] = {}
+    for _, n, at in sorted(pairs, key=lambda pair: (-pair[0], pair[1], pair[2])):
+        if n not in joined and at not in joined.values():
+            joined[n] = at
+    return joined
+
+
+def _extend(one: _Open, pending: list[Frame], face: Face, patch: Patch, config: CropConfig) -> None:
+    """The face was found in the last pending frame: it was there in those before it too."""
+    for cut in one.held:
+        one.track.add(cut)
     new = _box(face)
-    steps = np.arange(1, len(pending) + 1) / len(pending)
-    boxes = [Box(*(float(a + (b - a) * s) for a, b in zip(_values(one.box), _values(new), strict=True))) for s in steps]
-    _cut_all(one, pending, boxes, config)
-    one.box, one.face, one.misses = new, face, 0
+    for step, frame in enumerate(pending, 1):
+        one.track.add(_cut(frame, _between(one.box, new, step / len(pending)), config))
+    one.track.searches += one.misses + 1
     one.track.scores.append(face.score)
+    one.box, one.face, one.patch, one.misses, one.held = new, face, patch, 0, []
 
 
 def _hold(alive: list[_Open], pending: list[Frame], config: CropConfig) -> None:
-    """The last frames before an end have no search behind them: the box stays where it was."""
+    """The last frames before an end have no search behind them: the box stays where it was, if it was there."""
     for one in alive:
-        _cut_all(one, pending, [one.box] * len(pending), config)
-
-
-def _cut_all(one: _Open, frames: list[Frame], boxes: list[Box], config: CropConfig) -> None:
-    for frame, box in zip(frames, boxes, strict=True):
-        one.track.add(_cut(frame, box, config))
+        if not one.misses:
+            for frame in pending:
+                one.track.add(_cut(frame, one.box, config))
 
 
 def _cut(frame: Frame, box: Box, config: CropConfig) -> Cut:
@@ -179,8 +208,8 @@ def _box(face: Face) -> Box:
     return Box(face.x + face.w / 2, face.y + face.h / 2, max(face.w, face.h, 1.0))
 
 
-def _values(box: Box) -> tuple[float, float, float]:
-    return box.cx, box.cy, box.side
+def _between(a: Box, b: Box, share: float) -> Box:
+    return Box(a.cx + (b.cx - a.cx) * share, a.cy + (b.cy - a.cy) * share, a.side + (b.side - a.side) * share)
 
 
 def _overlap(a: Face, b: Face) -> float:
@@ -188,15 +217,6 @@ def _overlap(a: Face, b: Face) -> float:
     h = min(a.y + a.h, b.y + b.h) - max(a.y, b.y)
     both = max(w, 0.0) * max(h, 0.0)
     return both / (a.w * a.h + b.w * b.h - both + 1e-9)
-
-
-def _thumbnail(rgb_HWC: RGB) -> RGB:
-    small = cv2.resize(rgb_HWC, (32, 18), interpolation=cv2.INTER_NEAREST)
-    return np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), np.uint8)
-
-
-def _is_cut(a: RGB, b: RGB) -> bool:
-    return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).mean()) > _CUT_LEVEL
 
 
 def iter_instances(count: int, instances: int) -> Iterator[range]:

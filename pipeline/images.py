@@ -17,7 +17,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pipeline.contract import CropConfig, Quarantined, Reason
 from pipeline.video import RGB, Decode, Frame, begun, check_time, ended, no_frames
 
-EXTENSIONS = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 _FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 """In some of Pillow's messages; a record must not change from run to run."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sqlite3
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
@@ -51,19 +50,18 @@ CREATE TABLE bags (
 
 @contextlib.contextmanager
 def open_ledger(keep: Keep = lambda _: True) -> Iterator[Ledger]:
-    """An empty ledger in a temporary file that is deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix="micacl-ledger-") as folder:
-        ledger = Ledger(Path(folder, "ledger.sqlite"), keep)
-        try:
-            yield ledger
-        finally:
-            ledger.close()
+    """An empty ledger in a temporary file without a name (in TMPDIR, else /var/tmp): who is killed leaves nothing."""
+    ledger = Ledger(keep=keep)
+    try:
+        yield ledger
+    finally:
+        ledger.close()
 
 
 class Ledger:
     """Videos by place (their id as a number), what became of them, and their bags by split, fold and label."""
 
-    def __init__(self, path: Path, keep: Keep = lambda _: True) -> None:
+    def __init__(self, path: str | Path = "", keep: Keep = lambda _: True) -> None:
         self._keep = keep
         self._sql = sqlite3.connect(path, isolation_level=None)
         self._sql.executescript(_TABLES)

@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 
 from pipeline.contract import CropConfig, Quarantined, Reason, Video
-from pipeline.images import EXTENSIONS, check_images, read_images
+from pipeline.image_folders import IMAGES, is_image
+from pipeline.images import check_images, read_images
 from pipeline.storage import Entry, Store, open_store, split_url
 from pipeline.video import Decode, Frame, begun, ended, read_frames
 
@@ -96,12 +96,12 @@ def list_images(folder: Store) -> list[Entry]:
         listed += 1
         if listed > _MOST_LISTED:
             raise Quarantined(Reason.TOO_LONG, f"{folder.root} holds more than {_MOST_LISTED} objects")
-        if "/" not in entry.key and PurePosixPath(entry.key).suffix.lower() in EXTENSIONS:
+        if "/" not in entry.key and is_image(entry.key):
             images.append(entry)
     if not listed:
         raise _missing(folder.root)
     if not images:
-        raise Quarantined(Reason.NO_FRAMES, f"{folder.root} holds no image ({', '.join(sorted(EXTENSIONS))})")
+        raise Quarantined(Reason.NO_FRAMES, f"{folder.root} holds no image ({', '.join(sorted(IMAGES))})")
     return sorted(images, key=lambda image: natural_order(image.key))
 
 

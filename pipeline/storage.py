@@ -106,6 +106,10 @@ class Store(ABC):
         found = self.stat(key)
         return found.size if found else None
 
+    def open_uploads(self) -> int | None:
+        """Uploads in parts below this URL that were begun and not ended, counted to 1000; None if it knows none."""
+        return None
+
     def check(self) -> None:  # noqa: B027  (nothing to check is a valid answer)
         """Raise MicaclError if the bucket is missing or refuses our credentials."""
 

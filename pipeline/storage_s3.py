@@ -301,6 +301,11 @@ class S3Store(Store):
                 )
             page = self._call(prefix, functools.partial(fetch, ContinuationToken=token))
 
+    def open_uploads(self) -> int:
+        """As Store says; one request, which needs the right s3:ListBucketMultipartUploads. Raises MicaclError."""
+        look = functools.partial(self._client.list_multipart_uploads, Bucket=self.bucket, Prefix=self.prefix)
+        return len(self._call("", look, attempts=min(2, self.config.attempts)).get("Uploads", []))
+
     def stat(self, key: str) -> Entry | None:
         head = functools.partial(self._client.head_object, Bucket=self.bucket, Key=self.prefix + key)
         try:

@@ -17,7 +17,7 @@ from pipeline.demo import TEXT
 from pipeline.demo_faces import Bytes
 from pipeline.raw import fetch_clip
 from pipeline.shards import bag_members, read_members, write_members
-from pipeline.sources import list_videos
+from pipeline.sources import SourceOptions, list_videos
 from pipeline.storage import LocalStore, open_store
 
 CONFIG = CropConfig(size=64, instances=2, frames_per_instance=3, min_frames=4)
@@ -126,6 +126,23 @@ def test_a_folder_of_images_is_one_video(raw: LocalStore, store: LocalStore, fac
     record, worked = crop_video(video, CONFIG, store)
     assert (worked, record.frames, record.bad_packets) == (True, 11, 1)
     assert "image 3" in record.detail
+
+
+def test_a_folder_has_one_fingerprint_whoever_looks(
+    raw: LocalStore, store: LocalStore, face_frames: Callable[..., Bytes]
+) -> None:
+    """A table lists nothing, so its clips are looked at one by one: what a listing once led to is found again."""
+    for number, frame_HW3 in enumerate(face_frames()):
+        raw.put(f"clips/1/{number}.jpg", encode_jpeg(frame_HW3, 95))
+    for litter in ("clips/1/._0.jpg", "clips/1/note.txt", "clips/__MACOSX/1/._0.jpg", "clips/1/deeper/0.jpg"):
+        raw.put(litter, b"x")
+    listed, _ = list_videos(raw.url("clips"), "bucket", SourceOptions(frames="images"))
+    record, worked = crop_video(listed, CONFIG, store)
+    assert (worked, listed.name, record.frames, record.bad_packets) == (True, "1", 12, 0)
+    raw.put("clips/t.csv", b"path\n1/\n")
+    (named,) = list_videos(raw.url("clips/t.csv"))
+    assert (named.name, named.fingerprint) == ("1", "")
+    assert crop_video(named, CONFIG, store) == (record, False)
 
 
 def test_a_place_does_not_change_the_name(video: Video) -> None:

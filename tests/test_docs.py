@@ -60,6 +60,15 @@ def test_files_named_in_the_architecture_exist() -> None:
         assert (ROOT / name).exists(), name
 
 
+def test_every_room_is_in_the_architecture() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text().split("## The rooms", 1)[1].split("\n## ", 1)[0]
+    for stair in ("pipeline", "micacl", "cluster"):
+        rows = " ".join(row for row in text.splitlines() if row.startswith(f"| `{stair}/"))
+        named = {name.rpartition("/")[2] for name in re.findall(r"`([\w./]+)`", rows)}
+        rooms = {path.name for path in (ROOT / stair).glob("*.py") if not path.name.startswith("__")}
+        assert rooms <= named, rooms - named
+
+
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_builds(name: str) -> None:
     from micacl.config import RunConfig, from_dict, to_dict

@@ -16,7 +16,8 @@ from pipeline.contract import MicaclError
 from pipeline.object_store import ObjectStore, ObjectStoreConfig, find_weed
 from pipeline.storage import Entry, LocalStore
 
-STEPS = ["storage"] + [f"storage {name}" for name in ("write", "conditional write", "range read", "list", "delete")]
+FAULTS = ("write", "conditional write", "range read", "list", "delete")
+STEPS = ["storage", *(f"storage {name}" for name in (*FAULTS[:-1], "uploads", "delete"))]
 
 
 def by_name(checks: list[Check]) -> dict[str, Check]:
@@ -135,7 +136,7 @@ class Forgetful(LocalStore):
             super().delete(key)
 
 
-@pytest.mark.parametrize("fault", [step.removeprefix("storage ") for step in STEPS[1:]])
+@pytest.mark.parametrize("fault", FAULTS)
 def test_each_fault_of_a_store_is_found_and_nothing_else(
     fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -164,6 +165,12 @@ def test_a_real_s3_server_passes_and_a_missing_bucket_and_a_wrong_secret_do_not(
         assert {check.name: check.ok for check in check_storage("s3://checked/deep/prefix")} == dict.fromkeys(
             STEPS, True
         )
+        assert by_name(check_storage("s3://checked"))["storage uploads"].detail == "none in parts was left open"
+        for key in ("deep/prefix/a", "deep/prefix/b", "deeper/c"):
+            storage_s3.S3Store("s3://checked")._client.create_multipart_upload(Bucket="checked", Key=key)
+        uploads = by_name(check_storage("s3://checked/deep/prefix"))["storage uploads"]
+        assert (uploads.ok, uploads.detail) == (True, "2 in parts are open")
+        assert "lifecycle" in uploads.remedy
         (missing_bucket,) = check_storage("s3://not-there")
         assert not missing_bucket.ok
         assert "NoSuchBucket" in missing_bucket.detail
@@ -173,6 +180,16 @@ def test_a_real_s3_server_passes_and_a_missing_bucket_and_a_wrong_secret_do_not(
         assert not wrong_secret.ok
         assert server.secret_key not in format_table([wrong_secret])
     forget_clients(monkeypatch)
+
+
+def test_to_be_refused_a_list_of_uploads_is_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: LocalStore) -> int:
+        raise MicaclError("AccessDenied.", "Nothing was read.", "Ask for rights.")
+
+    monkeypatch.setattr(LocalStore, "open_uploads", refuse)
+    uploads = by_name(check_storage(str(tmp_path)))["storage uploads"]
+    assert (uploads.ok, uploads.detail) == (True, "not told: AccessDenied.")
+    assert "s3:ListBucketMultipartUploads" in uploads.remedy
 
 
 def test_the_table_marks_failures_and_puts_the_remedy_below() -> None:

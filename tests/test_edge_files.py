@@ -52,7 +52,7 @@ EDGE: dict[str, Usable | Unusable] = {
     "mpeg4.avi": Usable(bags=(48,), frames=60),
     "no_face_gray.mp4": Unusable(reason=Reason.NO_FACE, frames=25),
     "odd_223x167_444.mp4": Usable(bags=(48,), frames=109),
-    "rotation_flag_90.mp4": Usable(bags=(10,), frames=109),  # upright once turned as told: the people then lie down
+    "rotation_flag_90.mp4": Usable(bags=(22, 13), frames=109),  # upright once turned as told: the people then lie down
     "sar_4_3.mp4": Usable(bags=(30,), frames=30),
     "text.mp4": Unusable(reason=Reason.UNREADABLE),
     "truncated_faststart.mp4": Usable(bags=(47,), frames=47, bad=1, expected=109),

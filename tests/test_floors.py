@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +43,15 @@ def test_micacl_loads_no_ray_and_no_deepspeed() -> None:
 @pytest.mark.parametrize("module", ["pipeline.cli", "cluster.cli"])
 def test_the_command_starts_without_the_heavy_libraries(module: str) -> None:
     assert loaded_by([module], ["torch", "ray", "deepspeed", "av", "cv2", "onnxruntime"]) == "[]"
+
+
+def test_no_library_reports_home(tmp_path: Path) -> None:
+    """Reports are prepared in the home folder: onnxruntime, left alone, makes a database and a device id there."""
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path)}
+    code = "import pipeline.detector, sys; assert sys.modules['onnxruntime']"
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+    assert [str(path) for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_import_contracts() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -9,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -19,14 +21,16 @@ import pipeline.rewrite as rewrite_module
 from pipeline.bags import Bag
 from pipeline.cli import VERBS, run
 from pipeline.contract import MicaclError, Video, digest
+from pipeline.crop import crop_key, crop_video, read_thumb
 from pipeline.dataset import commit, open_dataset
+from pipeline.demo import encode_mp4, hum, moving_gradient
 from pipeline.erase import INTENTS, erase, pending_erasures, read_who
 from pipeline.forget import forget, lift
 from pipeline.shards import read_bags, write_shard
 from pipeline.storage import LocalStore, Store, open_store
 from pipeline.tombstones import forgotten_of, is_forgotten, newest_forgotten, tombstone
 from pipeline.verify import verify_dataset
-from tests.tiny_dataset import label_set, make_dataset, put_crop, tiny_bag
+from tests.tiny_dataset import CROP, label_set, make_dataset, put_crop, tiny_bag
 
 COUNTS = {"train": {"happy": 6, "sad": 3}, "test": {"happy": 2, "sad": 2}}
 
@@ -86,6 +90,37 @@ def test_delete_leaves_no_byte_of_it(store: LocalStore) -> None:
     assert verify_dataset(store.root)["ok"]
     old = verify_dataset(store.root, 1)
     assert any("The shard is missing" in p["what"] and "forget --delete" in p["remedy"] for p in old["problems"])
+
+
+@pytest.mark.parametrize("named", [{"subjects": ["s1"]}, {"videos": ["lost.mp4"]}], ids=str)
+def test_delete_takes_the_pictures_of_quarantined_videos(tmp_path: Path, named: dict[str, list[str]]) -> None:
+    """Without a bag there is no index row; but the crop object has a thumbnail, and it may show them."""
+    url = make_dataset(
+        tmp_path / "ds",
+        COUNTS,
+        0,
+        quarantined={"lost.mp4": ("no_face", ""), "other.mp4": ("no_face", "")},
+        quarantined_subjects={"lost.mp4": "s1", "other.mp4": "s0"},
+    )
+    raw, store = LocalStore(str(tmp_path / "raw")), LocalStore(url)
+    objects = {}
+    for name in ("lost.mp4", "other.mp4"):
+        raw.put(name, encode_mp4(moving_gradient(12, 64), hum(12, np.random.default_rng(0))))
+        video = Video(url=raw.url(name), name=name, fingerprint="1")
+        store.delete(crop_key(video, CROP))
+        record, _ = crop_video(video, CROP, store)
+        changed, _ = crop_video(dataclasses.replace(video, fingerprint="2"), CROP, store)  # of an earlier file
+        objects[name] = {record.object, changed.object}
+        assert record.reason == "no_face"
+        assert all(read_thumb(store, key) for key in objects[name])
+    result = forget(url, **named, delete=True)
+    assert result["quarantined"] == 1
+    assert objects["lost.mp4"] <= set(result["deleted"])
+    assert not any(store.exists(key) for key in objects["lost.mp4"])
+    assert all(store.exists(key) for key in objects["other.mp4"])
+    body = open_dataset(url).body
+    assert store.get(body["quarantine"]["path"]).count(b"\n") == 1
+    assert verify_dataset(url)["ok"]
 
 
 def test_delete_reaches_older_versions_and_stopped_packs(store: LocalStore) -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -131,3 +134,29 @@ def test_a_work_list_is_read_in_any_parts(tmp_path: Path, monkeypatch: pytest.Mo
     store.delete(work.parts[1][0])
     with pytest.raises(MicaclError, match="missing"):
         read_videos(str(tmp_path) + "/.", work.parts, 0, 8)
+
+
+FILL = """
+import contextlib, os, sys
+from pipeline.contract import Video
+from pipeline.ledger import open_ledger
+with open_ledger() as ledger:
+    ledger.add((Video(url="", name=f"{i:02000d}"), "") for i in range(20_000))
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            print(os.readlink(f"/proc/self/fd/{fd}"), end=" ")
+    print(flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_killed_driver_leaves_no_ledger(tmp_path: Path) -> None:
+    """Nor is it in memory: it has more than SQLite's cache."""
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", FILL], stdin=pipe, stdout=pipe, text=True, env=environment) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        process.kill()
+    assert f"{tmp_path}/etilqs" in said
+    assert [path.name for path in tmp_path.iterdir()] == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -126,6 +127,37 @@ def test_a_killed_driver_loses_nothing(
     assert done.code == 0, done.stderr
     assert done.result["videos_decoded"] <= VIDEOS - cropped, "finished work was done again"
     assert tree(url) == whole["tree"]
+
+
+def processes_of(mark: str) -> list[psutil.Process]:
+    """Those that were started below a command with `mark` in its PYTHONPATH, sandboxes and Ray's own too."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if mark in process.environ().get("PYTHONPATH", "") and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+@pytest.mark.parametrize("how", ["done", "terminated", "killed"])
+def test_no_process_outlives_the_command(raw: str, tmp_path: Path, how: str) -> None:
+    mark = str(tmp_path / "mark")
+    path = os.pathsep.join([*map(os.path.abspath, sys.path), mark])
+    running = Running(raw, str(tmp_path / "dataset"), "--workers", "2", PYTHONPATH=path)
+    assert running.wait_for("crops/", 1), running.end()
+    names = [" ".join(process.cmdline()) for process in processes_of(mark)]
+    assert any("pipeline.sandbox_child" in name for name in names)
+    assert any("raylet" in name for name in names)
+    if how == "terminated":
+        running.process.terminate()
+    elif how == "killed":
+        running.process.kill()
+    code, _, err = running.end()
+    assert code == {"done": 0, "terminated": 130, "killed": -signal.SIGKILL}[how], err
+    end_s = time.monotonic() + (30 if how == "killed" else 2)
+    while (left := processes_of(mark)) and time.monotonic() < end_s:
+        time.sleep(0.1)
+    assert left == []
 
 
 def test_a_killed_worker_is_replaced(raw: str, whole: Mapping[str, Any], tmp_path: Path) -> None:

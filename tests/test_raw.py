@@ -153,7 +153,7 @@ def test_a_folder_is_fetched_in_order(tmp_path: Path, place: str, request: pytes
     images = [picture(frame) for frame in numbered(12)]
     for number, image in enumerate(images, 1):
         store.put(f"clip/f{number}.PNG", image)
-    for other in ("clip/notes.txt", "clip/.hidden", "clip/sub/13.png", "clipped/1.png"):
+    for other in ("clip/notes.txt", "clip/.hidden", "clip/sub/13.png", "clip/._f1.PNG", "clipped/1.png"):
         store.put(other, b"x")
     clip = fetch_clip(Video(url=store.url("clip"), name="clip", kind="frames"), CONFIG)
     assert clip == RawClip(tuple(images))

@@ -33,8 +33,8 @@ from pipeline.shards import (
 )
 
 GOLDEN = {
-    "jpeg": "5c2f9e5881952fe3738a687602b8899c7b457542b0ec37749824c8ff71ce2b7d",
-    "h264": "8d6b37cf2a8af3aa189270a272ff4bfeb4631958854ec274058fe24daba335fd",
+    "jpeg": "3f2521adaf388f605544233ca7659a7c6cc8a65f1c07600df4b1571032a0c6cd",
+    "h264": "aefac43f5761d3d9be3b213789a1b9b4d029286013303230e80ebe94ac586a1c",
 }
 WHERE = "s3://b/shards/train/happy/x.tar"
 

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.contract import DFEW_LABELS, MicaclError
+from pipeline.image_folders import fingerprints_of, folder_fingerprint, image_folders
 from pipeline.sources import SourceOptions, find_source, list_videos
-from pipeline.sources.frames import fingerprints_of, folder_fingerprint, image_folders
 from pipeline.sources.published import DFEW, DFEW_ALL, FERV39K, PUBLISHED, differences
 from pipeline.sources.tree import survey
 from pipeline.storage import Entry, LocalStore, open_store

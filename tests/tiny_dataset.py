@@ -58,11 +58,9 @@ def make_dataset(
     ]
     lost = [quarantine_crop(store, name, *why, crop) for name, why in sorted((quarantined or {}).items())]
     shards = [pack_shard(plan, store)[0] for plan in plan_shards(records, PackConfig(max_bags=max_bags))]
-    seen = quarantined_subjects or {}
-    lines = [
-        canonical_json({"video": r.video, "reason": r.reason, "detail": r.detail, "subject": seen.get(r.video)}) + "\n"
-        for r in lost
-    ]
+    seen = {name: {"subject": subject} for name, subject in (quarantined_subjects or {}).items()}
+    said = [{"video": r.video, "reason": r.reason, "detail": r.detail, "object": r.object} for r in lost]
+    lines = [f"{canonical_json({**row, **seen.get(row['video'], {})})}\n" for row in said]
     data = "".join(lines).encode()
     store.put(path := f"quarantine/{digest(data)[:32]}.jsonl", data)
     body = version_body(

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import PurePosixPath
 
 from pipeline.contract import MicaclError, Video
+from pipeline.image_folders import image_folders, is_litter
 from pipeline.sources.base import Source, SourceOptions
-from pipeline.sources.frames import image_folders, is_litter
 from pipeline.storage import Store
 
 EXTENSIONS = frozenset(

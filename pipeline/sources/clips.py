@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from pipeline.contract import MicaclError, Video, part_name
+from pipeline.image_folders import fingerprints_of
 from pipeline.sources.base import Source, some
-from pipeline.sources.frames import fingerprints_of
 from pipeline.sources.published import differences
 from pipeline.sources.tree import Survey, find_clips
 from pipeline.storage import Entry

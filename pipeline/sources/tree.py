@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import islice
 
 from pipeline.contract import MicaclError
+from pipeline.image_folders import is_litter
 from pipeline.sources.bucket import is_video
-from pipeline.sources.frames import is_litter
 from pipeline.storage import Entry, Store
 
 _DEPTH = 6

@@ -9,6 +9,7 @@ from pipeline.contract import digest
 from pipeline.storage import Entry
 
 IMAGES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+"""Extensions, in lower case."""
 
 
 def is_litter(key: str) -> bool:
@@ -41,7 +42,7 @@ class FolderDigest:
 
 
 def folder_fingerprint(entries: Iterable[Entry]) -> str:
-    """Of one folder from its listing (other files and sub-folders do not count); empty if it holds no image."""
+    """Of one folder from the entries that lie in it itself (other files do not count); empty if none is an image."""
     out = FolderDigest()
     for entry in entries:
         if is_image(entry.key):
