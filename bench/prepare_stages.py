@@ -21,20 +21,24 @@ from pipeline.clip import crop_clip
 from pipeline.raw import RawClip
 
 REST = "the rest"
-LIMIT = ("decode", "colour conversion", "detect: resize, pad", "detect: net", "detect: boxes from outputs", "encode")
+LIMIT = ("decode", "colour conversion", "detect: net input", "detect: net", "detect: boxes", "encode")
 """Stages that the limit of bench/prepare_clip.py has too."""
 STAGES = (
     ("decode", "pipeline.raw", "read_frames"),
     ("colour conversion", "pipeline.video", "_upright"),
-    ("detect: resize, pad", "pipeline.faces", "detect"),
+    ("detect: net input", "pipeline.detector", "net_input"),
     ("detect: net", "pipeline.detector", "_session"),
-    ("detect: boxes from outputs", "pipeline.detector", "_decode"),
-    ("look for cuts", "pipeline.faces", "_thumbnail"),
-    ("look for cuts", "pipeline.faces", "_is_cut"),
+    ("detect: boxes", "pipeline.faces", "detect"),
+    ("look for cuts", "pipeline.faces", "thumbnail"),
+    ("look for cuts", "pipeline.faces", "is_cut"),
+    ("tell faces apart", "pipeline.faces", "face_patch"),
+    ("tell faces apart", "pipeline.faces", "alike"),
     ("tracks", "pipeline.bags", "follow_faces"),
     ("copies of regions", "pipeline.faces", "_cut"),
-    ("crop and resize", "pipeline.bags", "_crop"),
-    ("crop and resize", "pipeline.bags", "_square"),
+    ("pose", "pipeline.bags", "median_pose"),
+    ("crop, turn, resize", "pipeline.bags", "_crop"),
+    ("crop, turn, resize", "pipeline.bags", "_square"),
+    ("sharpness", "pipeline.bags", "_sharpness"),
     ("perceptual hash", "pipeline.bags", "bag_phash"),
     ("encode", "pipeline.bags", "encode_instance"),
     ("JSON and tar", "pipeline.clip", "bag_members"),
