@@ -34,9 +34,9 @@ _INDEXED = ("mov", "matroska")
 """Containers whose index marks the frames at which decoding can start."""
 _RUN_UP_S = 10.0
 """A part is decoded from the last such frame that lies this long before it: by then every picture is whole."""
-_AHEAD_PIXELS = 3 * 2**20
+_AHEAD_PIXELS = 6 * 2**20
 """Decoded before the first of them is handed on: the decoder and the detector push each other out of the processor's
-cache, so they take turns less often. Some 11 frames of 640x480; of more than 3 megapixels one."""
+cache, so they take turns less often. Some 21 frames of 640x480; of more than 6 megapixels one."""
 _HALF_MS = 0.0005
 _MAX_NOTES = 5
 
