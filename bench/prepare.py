@@ -27,7 +27,7 @@ WITH_PART = ("crop_clip", "crop_in_sandbox")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--quick", action="store_true", help="four clips, one round, runs of seconds: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="two clips, one round, runs of seconds: a smoke test")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--rounds", type=int, default=3, help="the least of so many counts")
     parser.add_argument("--run-s", type=float, default=60, help="seconds of a whole job by one worker, about")
@@ -35,7 +35,7 @@ def main() -> None:
     if arguments.quick:
         arguments.rounds, arguments.run_s = 1, 2
     paths = sorted(p for p in arguments.folder.iterdir() if p.suffix.lower() in SUFFIXES)
-    paths = paths[:4] if arguments.quick else paths
+    paths = paths[:2] if arguments.quick else paths
     clips, without = prepare_clip.load(paths)
     head(clips, without, arguments)
     out: dict[str, Any] = {"clips": len(clips), "without_face": without, "rounds": arguments.rounds}
