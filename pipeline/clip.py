@@ -54,9 +54,10 @@ def quarantined(why: Quarantined) -> Cropped:
 
 
 def _cropped(report: Decode, bags: Sequence[Bag], why: Quarantined | None) -> Cropped:
+    thumb_HWC = report.thumb_HWC if why else None
     return Cropped(
         tar=write_members(member for bag in bags for member in bag_members(bag)),
-        thumb=b"" if why is None or report.thumb_HWC is None else encode_jpeg(report.thumb_HWC, _THUMB_QUALITY),
+        thumb=b"" if thumb_HWC is None else encode_jpeg(thumb_HWC, _THUMB_QUALITY),
         frames=report.frames,
         bad_packets=report.bad_packets,
         corrupt_frames=report.corrupt_frames,

@@ -30,6 +30,9 @@ _START_S = 120.0
 """Until a child has taken a clip; covers its start on a slow disk."""
 _STARTS = 2
 _TAIL = 2000
+ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
+"""glibc keeps up to 64 MiB of freed memory for the next frames. Left alone it gives it back and fetches it again, with
+39,000 page faults in a clip of 66 frames of 640x480: nearly a quarter of its CPU time."""
 
 
 def wall_s(config: CropConfig) -> float:
@@ -127,6 +130,7 @@ def _start(command: Sequence[str]) -> subprocess.Popen[bytes]:
         "PYTHONPATH": os.pathsep.join(os.path.abspath(place) for place in sys.path),
         "OMP_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
+        **ALLOCATOR,
     }
     pipe = subprocess.PIPE
     return subprocess.Popen(

@@ -2,14 +2,16 @@
 
 Decoded packet by packet: a corrupted middle costs the frames that do not decode, and `Decode` says how many packets
 were bad and how many frames the decoder had to patch up. Display rotation and non-square pixels are honoured; variable
-frame rate is kept as timestamps; 10-bit video is scaled to 8. Memory holds one frame. Caps are checked before the bytes
-they bound. The number of frames has no cap of its own: seconds and CPU seconds bound it.
+frame rate is kept as timestamps; 10-bit video is scaled to 8. Memory holds one frame, the few that are decoded ahead,
+and one for the picture of a clip that cannot be used. Caps are checked before the bytes they bound. The number of
+frames has no cap of its own: seconds and CPU seconds bound it.
 """
 
 from __future__ import annotations
 
 import io
 import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -32,6 +34,9 @@ _INDEXED = ("mov", "matroska")
 """Containers whose index marks the frames at which decoding can start."""
 _RUN_UP_S = 10.0
 """A part is decoded from the last such frame that lies this long before it: by then every picture is whole."""
+_AHEAD_PIXELS = 6 * 2**20
+"""Decoded before the first of them is handed on: the decoder and the detector push each other out of the processor's
+cache, so they take turns less often. Some 21 frames of 640x480; of more than 6 megapixels one."""
 _HALF_MS = 0.0005
 _MAX_NOTES = 5
 
@@ -60,20 +65,25 @@ class Decode:
     expected_frames: int | None = None
     """As the container says; None if it does not say, or a part is asked for."""
     notes: list[str] = field(default_factory=list)
-    thumb_HWC: RGB | None = None
-    """A small picture of frame 0, 1, 2, 4, 8, ..., the last that came: never before the middle of what was seen."""
+    picture_HWC: RGB | None = None
+    """Frame 0, 1, 2, 4, 8, ..., the last that came: never before the middle of what was seen."""
     shape_HW: tuple[int, int] = (0, 0)
     """Of the first frame."""
 
     def take(self, t_s: float, rgb_HWC: RGB, *, corrupt: bool = False) -> Frame:
         """Count a frame that is handed on."""
         if self.frames & (self.frames - 1) == 0:
-            self.thumb_HWC = _shrink(rgb_HWC)
+            self.picture_HWC = rgb_HWC
         if not self.frames:
             self.shape_HW = rgb_HWC.shape[0], rgb_HWC.shape[1]
         self.frames += 1
         self.corrupt_frames += corrupt
         return Frame(self.frames - 1, t_s, rgb_HWC)
+
+    @property
+    def thumb_HWC(self) -> RGB | None:
+        """The picture, small. Made when it is asked for: of most clips nobody asks."""
+        return None if self.picture_HWC is None else _shrink(self.picture_HWC)
 
     def lose(self, why: str) -> None:
         """Count a packet or image that does not decode."""
@@ -112,7 +122,7 @@ def read_frames(
         if entry:
             container.seek(entry.pts, stream=stream)
         last_s, reformatter = 0.0, VideoReformatter()
-        for raw, t_s in _timed(_decode(container, stream, report), entry):
+        for raw, t_s in _timed(_kept(_ahead(_decode(container, stream)), report), entry):
             _check_size(raw.width, raw.height, config)
             check_time(deadline_s, config, report)
             last_s = max(last_s, t_s)
@@ -181,7 +191,7 @@ def _entry(data: bytes, config: CropConfig, start_s: float) -> _Entry | None:
     with container:
         if container.format.name.split(",")[0] not in _INDEXED or stream.time_base is None:
             return None
-        first = next(_decode(container, stream, Decode()), None)
+        first = next(_kept(_decode(container, stream), Decode()), None)
         if first is None or first.time is None:
             return None
         pts = int((first.time + start_s - _RUN_UP_S) / stream.time_base)
@@ -204,8 +214,8 @@ def _timed(raws: Iterator[av.VideoFrame], entry: _Entry | None) -> Iterator[tupl
         yield raw, t_s - origin_s
 
 
-def _decode(container: av.container.InputContainer, stream: av.VideoStream, report: Decode) -> Iterator[av.VideoFrame]:
-    """Frames of every packet that decodes; a bad one is counted and passed over."""
+def _decode(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.VideoFrame | str]:
+    """Frames of every packet that decodes; of a bad one, which is passed over, what is wrong."""
     packets = container.demux(stream)
     while True:
         try:
@@ -213,12 +223,35 @@ def _decode(container: av.container.InputContainer, stream: av.VideoStream, repo
         except StopIteration:
             return
         except FFmpegError as error:  # the demuxer itself gave up: what follows is lost
-            report.lose(f"demux stopped: {_text(error)}")
+            yield f"demux stopped: {_text(error)}"
             return
         try:
             yield from packet.decode()
         except FFmpegError as error:
-            report.lose(_text(error))
+            yield _text(error)
+
+
+def _ahead(decoded: Iterator[av.VideoFrame | str]) -> Iterator[av.VideoFrame | str]:
+    """The same, several at a time."""
+    waiting: deque[av.VideoFrame | str] = deque()
+    pixels = 0
+    for one in decoded:
+        waiting.append(one)
+        pixels += 0 if isinstance(one, str) else one.width * one.height
+        if pixels >= _AHEAD_PIXELS:
+            while waiting:
+                yield waiting.popleft()
+            pixels = 0
+    yield from waiting
+
+
+def _kept(decoded: Iterator[av.VideoFrame | str], report: Decode) -> Iterator[av.VideoFrame]:
+    """The frames; what is lost is counted where it lay between them, however far ahead the decoder is."""
+    for one in decoded:
+        if isinstance(one, str):
+            report.lose(one)
+        else:
+            yield one
 
 
 def _check_size(width: int, height: int, config: CropConfig) -> None:

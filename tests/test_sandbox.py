@@ -55,6 +55,11 @@ os._exit(4)
 """
 
 
+def page_faults(pid: int) -> int:
+    """Minor ones so far: proc(5), field 10 of stat."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[7])
+
+
 def program(body: str) -> tuple[str, ...]:
     """A child that does `body` with clips whose name begins with `bad`, and crops all others."""
     return (sys.executable, "-c", AROUND.format(body=textwrap.indent(textwrap.dedent(body), "    ").strip()))
@@ -137,6 +142,19 @@ def test_one_child_serves_many_clips(face_video: Callable[..., bytes]) -> None:
     assert child_of(one) is first
     one.close()
     assert first.poll() is not None
+
+
+def test_frames_come_to_memory_that_is_there(face_video: Callable[..., bytes]) -> None:
+    data = face_video("happy", 24, 480)
+    run(one := Sandbox(), data)  # a child's first clips fetch the memory
+    run(one, data)
+    child = child_of(one)
+    before = page_faults(child.pid)
+    frames = run(one, data).frames
+    faults = page_faults(child.pid) - before
+    one.close()
+    assert frames == 24
+    assert faults < 80 * frames, "the memory of a frame, 169 pages, is fetched again for every frame"
 
 
 # Deaths.

@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 
+from pipeline import video as video_room
 from pipeline.contract import CropConfig, Quarantined, Reason
 from pipeline.demo import TEXT, encode_mp4, hum, moving_gradient
 from pipeline.demo_faces import Bytes
@@ -293,3 +294,29 @@ def test_damage_ends_in_frames_or_a_reason(video: bytes, seed: int) -> None:
         assert count < 40
     assert report.frames == count <= 40
     assert time.process_time() - start_s < 20  # CPU, and far from what it takes: a hang, not a slow machine
+
+
+def told(data: bytes, end_s: float | None) -> list[object]:
+    """What the report says as each frame comes, and at the end."""
+    report, said = Decode(), []
+    try:
+        for frame in read_frames(data, CONFIG, report, end_s=end_s):
+            said.append((frame.index, frame.t_s, report.bad_packets, report.corrupt_frames))
+    except Quarantined as why:
+        said.append((why.reason, why.detail))
+    return [*said, (report.frames, report.bad_packets, report.corrupt_frames, report.notes)]
+
+
+@pytest.mark.parametrize("end_s", [None, 0.6])
+def test_decoding_ahead_changes_nothing_that_is_told(end_s: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = encode_mp4(moving_gradient(40, 128), hum(40, np.random.default_rng(0)))
+    moov, hurt = boxes(data, b"moov")[0], []
+    for seed in range(12):
+        rng, one = np.random.default_rng(seed), bytearray(data)
+        for at in rng.integers(moov // 8, moov, 30):
+            one[at] ^= 255
+        hurt.append(bytes(one))
+    ahead = [told(one, end_s) for one in hurt]
+    assert len({frame[2] for frames in ahead for frame in frames[:-1]}) > 1, "bad packets lie between frames"
+    monkeypatch.setattr(video_room, "_AHEAD_PIXELS", 0)
+    assert [told(one, end_s) for one in hurt] == ahead
