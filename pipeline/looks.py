@@ -39,7 +39,8 @@ def face_patch(rgb_HWC: RGB, face: Face) -> Patch:
     height, width = rgb_HWC.shape[:2]
     left, top = min(max(0, int(face.x)), width - 1), min(max(0, int(face.y)), height - 1)
     right, bottom = max(left + 1, int(face.x + face.w)), max(top + 1, int(face.y + face.h))
-    grey = cv2.cvtColor(rgb_HWC[top:bottom, left:right], cv2.COLOR_RGB2GRAY)
+    step = max(1, min(right - left, bottom - top) // (4 * _SIDE))  # every pixel of a large face would tell no more
+    grey = cv2.cvtColor(rgb_HWC[top:bottom:step, left:right:step], cv2.COLOR_RGB2GRAY)
     patch = cv2.resize(grey, (_SIDE, _SIDE), interpolation=cv2.INTER_AREA).astype(np.float32)
     patch -= patch.mean()
     return np.asarray(patch / (np.linalg.norm(patch) + 1e-6), np.float32)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -84,8 +85,9 @@ def _grid(frames_THWC: RGB | Sequence[RGB]) -> Ints:
     frames = len(frames_THWC)
     height, width, _ = frames_THWC[0].shape
     rows_NH, columns_NW = _shares(GRID, height), _shares(GRID, width)
-    weights = np.array([77.0, 150.0, 29.0])
-    small = [(rows_NH @ (frame_HWC @ weights) @ columns_NW.T) // (height * width) for frame_HWC in frames_THWC]
+    weights = np.array([[77, 150, 29]], np.float32)  # grey is then below 2^24, so float32 is exact
+    greys = (cv2.transform(frame_HWC.astype(np.float32), weights) for frame_HWC in frames_THWC)
+    small = [(rows_NH @ grey_HW @ columns_NW.T) // (height * width) for grey_HW in greys]
     cells = _shares(GRID, frames) @ np.stack(small).reshape(frames, GRID * GRID) // frames
     return np.asarray(cells.reshape(GRID, GRID, GRID), np.int64)
 
