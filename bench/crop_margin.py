@@ -23,10 +23,10 @@ import numpy as np
 from demo_steps import commit, machine
 
 from pipeline import retinaface
-from pipeline.bags import _square, video_to_bags
+from pipeline.bags import _square, stored_runs, video_to_bags
 from pipeline.contract import CropConfig, Quarantined
 from pipeline.detector import Face
-from pipeline.faces import Cut, Track, follow_faces, iter_instances
+from pipeline.faces import Cut, Track, follow_faces
 from pipeline.pose import face_pose, median_pose
 from pipeline.video import Frame, read_frames
 
@@ -68,10 +68,8 @@ def looks(path: Path, config: CropConfig) -> Iterator[Look]:
 
 
 def _looks_at(track: Track, frames: dict[float, Frame], config: CropConfig) -> Iterator[Look]:
-    count = min(len(track.cuts), config.instances * config.frames_per_instance)
-    chosen = [track.cuts[i * len(track.cuts) // count] for i in range(count)]
     bare = dataclasses.replace(config, margin=1.0)
-    runs = [[chosen[i] for i in run] for run in iter_instances(count, config.instances)]
+    runs = stored_runs(track, config)
     roll = _roll(runs, config)
     for cuts in runs:
         cx, cy, side = _square(cuts, bare)

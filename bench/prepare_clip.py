@@ -20,17 +20,20 @@ import cv2
 from codec import keep_crops
 from processes import below, cpu_s
 
+from pipeline.bags import stored_runs
 from pipeline.clip import Cropped, crop_clip
 from pipeline.codec import encode_instance
 from pipeline.contract import CropConfig, Quarantined
 from pipeline.detector import detect, yunet_weights
+from pipeline.faces import follow_faces
+from pipeline.pose import median_pose
 from pipeline.raw import RawClip
 from pipeline.sandbox import ALLOCATOR, Sandbox
 from pipeline.video import RGB, read_frames
 
 CONFIG = CropConfig()
-LIMIT = ("decode", "detect", "encode")
-"""Their sum is the limit."""
+LIMIT = ("decode", "detect", "pose", "encode")
+"""Their sum is the limit. `pose` is the second detector on a region of each instance."""
 _MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}
 """Numbers of glibc's mallopt(3)."""
 _SHARED = {"name": "clip", "video_id": "0" * 16, "config": CONFIG}
@@ -110,6 +113,9 @@ def variants(clip: Clip, sandbox: Sandbox, naive: Naive) -> Iterator[tuple[str, 
     yield "crop_clip", lambda: made.append(crop_clip(raw, **_SHARED))
     searched = [f.rgb_HWC for f in read_frames(clip.data, CONFIG) if f.index % CONFIG.detect_every == 0]
     yield "detect", lambda: [detect(rgb_HWC, CONFIG) for rgb_HWC in searched]
+    (track, *_) = follow_faces(read_frames(clip.data, CONFIG), CONFIG)
+    regions = [run[len(run) // 2].region_HWC for run in stored_runs(track, CONFIG)]
+    yield "pose", lambda: median_pose(regions, CONFIG)
     yield "crop_in_sandbox", lambda: sandbox.crop(raw, **_SHARED)
     yield "encode", lambda: [encode_instance(run, CONFIG.codec, CONFIG.jpeg_quality) for run in clip.crops]
     yield "write the tar", lambda: (naive.folder / "crop.tar").write_bytes(made[0].tar)

@@ -21,7 +21,7 @@ from pipeline.clip import crop_clip
 from pipeline.raw import RawClip
 
 REST = "the rest"
-LIMIT = ("decode", "colour conversion", "detect: net input", "detect: net", "detect: boxes", "encode")
+LIMIT = ("decode", "colour conversion", "detect: net input", "detect: net", "detect: boxes", "pose", "encode")
 """Stages that the limit of bench/prepare_clip.py has too."""
 STAGES = (
     ("decode", "pipeline.raw", "read_frames"),

@@ -89,9 +89,8 @@ def _tracks(raw: RawClip, config: CropConfig, report: Decode) -> tuple[list[Trac
 
 
 def _bag(track: Track, key: str, number: int, name: str, config: CropConfig, detector: str = DETECTOR) -> Bag:
-    count = min(len(track.cuts), config.instances * config.frames_per_instance)
-    chosen = [track.cuts[i * len(track.cuts) // count] for i in range(count)]
-    runs = [[chosen[i] for i in run] for run in iter_instances(count, config.instances)]
+    runs = stored_runs(track, config)
+    chosen = [cut for run in runs for cut in run]
     squares = [_square(run, config) for run in runs]
     searched = bool(track.searches)
     middles = [run[len(run) // 2].region_HWC for run in runs]
@@ -106,7 +105,7 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig, det
         track=number,
         instance_frames=tuple(len(run) for run in runs),
         seconds=round(seconds, 3),
-        fps=round((count - 1) / seconds, 3) if seconds > 0 else 0.0,
+        fps=round((len(chosen) - 1) / seconds, 3) if seconds > 0 else 0.0,
         size=config.size,
         detector=detector,
         detector_score=round(track.score, 4),
@@ -122,6 +121,13 @@ def _bag(track: Track, key: str, number: int, name: str, config: CropConfig, det
     )
     encoded = tuple(encode_instance(run, config.codec, config.jpeg_quality) for run in crops)
     return Bag(meta, encoded)
+
+
+def stored_runs(track: Track, config: CropConfig) -> list[list[Cut]]:
+    """The frames of a track that a bag stores, thinned evenly, by instance."""
+    count = min(len(track.cuts), config.instances * config.frames_per_instance)
+    chosen = [track.cuts[i * len(track.cuts) // count] for i in range(count)]
+    return [[chosen[i] for i in run] for run in iter_instances(count, config.instances)]
 
 
 def _square(run: Sequence[Cut], config: CropConfig) -> tuple[float, float, float]:
