@@ -79,6 +79,7 @@ def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
         sys.stdout.write(_overview(verbs, prog))
         return 0 if arguments else EXIT_BAD_INPUT
     try:
+        require_text(arguments)
         result = _call(verbs, prog, *arguments)
     except ArgumentsRefused as refused:
         if refused.code:
@@ -97,6 +98,15 @@ def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
         )
     _finish(result)
     return int(result.get("exit", 0))
+
+
+def require_text(arguments: Arguments) -> None:
+    """Refuse words that are no UTF-8: they cannot be stored or said. Raises MicaclError."""
+    for word in arguments:
+        if word != word.encode(errors="replace").decode():
+            raise MicaclError(
+                f"The argument {word!a} is not UTF-8.", "Nothing was done.", "Write it in UTF-8, or rename the file."
+            )
 
 
 def _call(verbs: Mapping[str, Verb], prog: str, name: str, *rest: str) -> dict[str, Any]:

@@ -177,6 +177,7 @@ class CropConfig:
             ("--crop.detect-score", self.detect_score, 0.01, 1),
             ("--crop.jpeg-quality", self.jpeg_quality, 1, 100),
             ("--crop.instances times --crop.frames-per-instance", self.instances * self.frames_per_instance, 1, 4096),
+            ("--crop.image-fps", self.image_fps, 0.01, 1000),
             ("--crop.max-seconds", self.max_seconds, 0, 86400),
             ("--crop.max-decode-s", self.max_decode_s, 0, 86400),
         ):
@@ -301,12 +302,16 @@ def canonical_json(value: Any) -> str:
 def json_object(text: str | bytes, what: str) -> dict[str, Any]:
     """A JSON object from outside. Raises MicaclError on anything else."""
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_constant=_no_number)
     except (ValueError, RecursionError) as error:
         raise foreign(what, error) from error
     if not isinstance(value, dict):
         raise foreign(what, TypeError(f"a {type(value).__name__}"))
     return value
+
+
+def _no_number(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from pipeline.dataset import INDEX_SCHEMA
 from pipeline.image_folders import folder_fingerprint
 from pipeline.raw import fetch_clip, list_images
 from pipeline.sandbox import crop_in_sandbox
+from pipeline.shapes import RECORD, require_shape
 from pipeline.shards import bag_members, read_bags, read_members, write_members
 from pipeline.storage import Store, open_store, split_url
 
@@ -82,6 +83,9 @@ class CropRecord:
     def from_json(cls, text: str | bytes, where: str = "a crop") -> CropRecord:
         fields: dict[str, Any] = json_object(text, f"a record in {where}")
         require_schema(fields.get("schema"), where)
+        require_shape(fields, RECORD, f"a record in {where}")
+        if fields["reason"] is not None and fields["reason"] not in list(Reason):
+            raise foreign(f"a record in {where}", ValueError(f"the reason {fields['reason'][:40]!r}"))
         try:
             return cls(**{**fields, "bags": tuple(BagStub(**b) for b in fields["bags"])})
         except (KeyError, TypeError) as error:
@@ -125,6 +129,8 @@ def crop_video(video: Video, config: CropConfig, store: Store) -> tuple[CropReco
     video = video if video.fingerprint else dataclasses.replace(video, fingerprint=_fingerprint_now(video))
     key = crop_key(video, config)
     found = read_record(store, key)
+    if found is not None and (found.video, found.object) != (video.name, key):
+        raise foreign(f"a record in {store.url(key)}", ValueError(f"it is of {found.video} at {found.object}"))
     if found is not None:
         return found, False
     try:
@@ -183,14 +189,18 @@ def _columns(meta: BagMeta) -> dict[str, Any]:
 
 def read_crop(store: Store, key: str) -> list[Bag]:
     """The bags of a crop. Raises MicaclError if it was damaged, FileNotFoundError if it is gone."""
-    data, at = store.get(key), 0
-    for name, member in read_members(data, store.url(key)):
-        if name not in (_RECORD, _THUMB):
-            break
-        at += 512 + -(-len(member) // 512) * 512
+    data, at, remedy = store.get(key), 0, "Delete that object and run the same command again: it is made anew."
+    try:
+        for name, member in read_members(data, store.url(key)):
+            if name not in (_RECORD, _THUMB):
+                break
+            at += 512 + -(-len(member) // 512) * 512
+        bags = list(read_bags(data[at:], store.url(key))) if at else []
+    except MicaclError as error:
+        raise MicaclError(error.cause, "Its bags were not used.", remedy) from error
     if not at:
-        raise MicaclError(f"{store.url(key)} is no crop.", "Its bags were not used.", "Delete it and prepare again.")
-    return list(read_bags(data[at:], store.url(key)))
+        raise MicaclError(f"{store.url(key)} is no crop.", "Its bags were not used.", remedy)
+    return bags
 
 
 def read_thumb(store: Store, key: str) -> bytes | None:

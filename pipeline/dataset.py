@@ -28,17 +28,16 @@ from pipeline.contract import (
     MicaclError,
     canonical_json,
     digest,
-    expecting,
+    foreign,
     json_object,
     part_name,
     require_schema,
 )
+from pipeline.shapes import VERSION, require_shape
 from pipeline.storage import Store, open_store
 
 OF_COMMIT = ("version", "parent", "sha256")
 """Fields of a version file that `commit` adds to the body."""
-_FILE = ("path", "sha256")
-_SHARD = ("path", "split", "label", "bags", "bytes")
 _VERSION_KEY = re.compile(r"versions/(\d{6})\.json$")
 
 INDEX_SCHEMA = pa.schema(
@@ -69,6 +68,9 @@ INDEX_SCHEMA = pa.schema(
         ("crop", pa.string()),
     ]
 )
+
+NULLS = ("subject", "fold", "scene", "yaw")
+"""Columns of the index that may hold nulls."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +133,8 @@ def read_version(store: Store, number: int | None = None) -> tuple[int, dict[str
     data = store.get(version_key(number))
     body = json_object(data, store.url(version_key(number)))
     require_schema(body.get("schema"), f"{store.url(version_key(number))}")
+    require_shape(body, VERSION, store.url(version_key(number)))
     return number, body, digest(data)
-
-
-def require_shape(body: Mapping[str, Any], where: str) -> None:
-    """A version file has what its readers use. Raises MicaclError."""
-    with expecting(where):
-        for shard in body["shards"]:
-            _ = [shard[name] for name in _SHARD], [shard["index"][name] for name in _FILE]
-        _ = [of_split.items() for of_split in body["counts"].values()], [*body["labels"]]
 
 
 def open_dataset(url: str, version: int | None = None, fold: int | None = None, where: str = "") -> Dataset:
@@ -151,10 +146,13 @@ def open_dataset(url: str, version: int | None = None, fold: int | None = None, 
     """
     store = open_store(url)
     number, body, sha256 = read_version(store, version)
-    require_shape(body, store.url(version_key(number)))
 
     def load(shard: Mapping[str, Any]) -> pa.Table:
-        return read_index(get_checked(store, shard["index"]["path"], shard["index"]["sha256"]))
+        rows = read_index(get_checked(store, shard["index"]["path"], shard["index"]["sha256"]))
+        offsets, sizes = rows["offset"].to_numpy(), rows["size"].to_numpy()
+        if ((offsets < 0) | (sizes < 1) | (sizes > shard["bytes"] - offsets)).any():
+            raise foreign(f"an index file ({shard['index']['path']})", ValueError("a bag lies outside its shard"))
+        return rows
 
     with ThreadPoolExecutor(8) as pool:
         tables = list(pool.map(load, body["shards"]))
@@ -206,7 +204,15 @@ def write_index(rows: list[dict[str, Any]]) -> bytes:
 
 
 def read_index(data: bytes) -> pa.Table:
-    return pq.read_table(io.BytesIO(data)).cast(INDEX_SCHEMA)
+    """The rows of an index file. Raises MicaclError if it is not one."""
+    try:
+        rows = pq.read_table(io.BytesIO(data)).cast(INDEX_SCHEMA)
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
+        raise foreign("an index file", error) from error
+    for column in INDEX_SCHEMA.names:
+        if rows[column].null_count and column not in NULLS:
+            raise foreign("an index file", ValueError(f"{column} has nulls"))
+    return rows
 
 
 def commit(store: Store, body: dict[str, Any], parent: int | None = None) -> tuple[int, bool]:

@@ -70,8 +70,12 @@ def read_rows(store: Store, key: str) -> pa.Table:
 def _table(data: bytes, key: str) -> pa.Table:
     if key.endswith(".jsonl"):
         rows = [json_object(line, key) for line in data.splitlines() if line.strip()]
-        return pa.Table.from_pylist([{"video": _name(row), "subject": row.get("subject")} for row in rows])
+        return pa.Table.from_pylist([{"video": _name(row), "subject": _word(row.get("subject"))} for row in rows])
     return pq.read_table(io.BytesIO(data))
+
+
+def _word(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def _named(table: pa.Table) -> str:
@@ -91,7 +95,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 def holding(rows: pa.Table, videos: Collection[str]) -> pa.ChunkedArray:
     """True for rows of these videos, shape (rows,)."""
-    return pc.is_in(rows[_named(rows)], pa.array(sorted(videos), pa.string()))
+    return pc.is_in(rows[_named(rows)].cast(pa.string()), pa.array(sorted(videos), pa.string()))
 
 
 def holders(store: Store, who: Rows, videos: Collection[str]) -> list[str]:

@@ -20,6 +20,7 @@ from pipeline.shards import Span, write_shard
 from pipeline.storage import Store
 
 UNLABELLED = "unlabelled"
+_MOST_LABEL_BYTES = 128
 PLACES = 2**64
 Weigh = Callable[[int, int], tuple[int, int]]
 """(low, high) -> bags and bytes of the places [low, high)."""
@@ -94,8 +95,12 @@ def members_of(video: Video, record: CropRecord) -> list[Member]:
 
 def folder_name(label: str) -> str:
     """A label that can be a folder. Raises MicaclError."""
-    if "/" in label or label in (".", "..") or not label.isprintable():
-        raise MicaclError(f"The label {label!r} cannot name a folder.", "Nothing was packed.", "Rename it: no slash.")
+    if "/" in label or label in (".", "..") or not label.isprintable() or len(label.encode()) > _MOST_LABEL_BYTES:
+        raise MicaclError(
+            f"The label {label[:80]!r} cannot name a folder.",
+            "Nothing was packed.",
+            f"Rename it: no slash, and at most {_MOST_LABEL_BYTES} bytes.",
+        )
     return label
 
 

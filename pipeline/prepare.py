@@ -30,13 +30,13 @@ from pipeline.contract import (
     PackConfig,
     Video,
     canonical_json,
-    digest,
     require_label,
 )
 from pipeline.crop import CropRecord, crop_key, crop_video
 from pipeline.dataset import bag_counts, commit, newest_version, version_body
 from pipeline.ledger import Ledger, open_ledger
-from pipeline.pack import Member, ShardPlan, pack_shard
+from pipeline.pack import Member, ShardPlan, folder_name, pack_shard
+from pipeline.quarantine import write_quarantine
 from pipeline.records import read_records, write_records
 from pipeline.sources import assign_split
 from pipeline.storage import Store, open_store
@@ -116,7 +116,7 @@ def prepare(
             pack={**dataclasses.asdict(config.pack), "test_share": config.test_share},
             videos=_video_counts(counts, stay_out.videos),
             quarantined=ledger.reasons(),
-            quarantine=_write_quarantine(store, ledger),
+            quarantine=write_quarantine(store, ledger.quarantined()),
             records=write_records(store, ledger.records()),
             **({"source": dict(source)} if source else {}),
             **({"forgotten": sorted(stay_out.forgotten)} if stay_out.forgotten else {}),
@@ -161,8 +161,10 @@ def _listed(
     videos: Iterable[Video], labels: tuple[str, ...], config: PrepareConfig, say: Progress
 ) -> Iterator[tuple[Video, str]]:
     """Each video with its split, and the key of its crop if its fingerprint is known."""
-    last = time.monotonic()
+    last, seen = time.monotonic(), set[str]()
     for number, video in enumerate(videos):
+        if video.label is not None and video.label not in seen:
+            seen.add(folder_name(video.label))
         if video.label is not None and labels != ("auto",):
             require_label(video.label, labels, f"{video.name} (give the set with --labels, or --labels auto)")
         whole = dataclasses.replace(video, split=assign_split(video, config.test_share))
@@ -320,12 +322,3 @@ def _json(text: Any) -> dict[str, Any]:
 
 def _reasons(ledger: Ledger) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in ledger.reasons().items())
-
-
-def _write_quarantine(store: Store, ledger: Ledger) -> dict[str, str]:
-    """One JSON line a video: name, reason, detail, crop. Named by its content, so equal runs write equal objects."""
-    lines = [canonical_json(said) for said in ledger.quarantined()]
-    data = "".join(f"{line}\n" for line in lines).encode()
-    key = f"quarantine/{digest(data)[:32]}.jsonl"
-    store.put_if_absent(key, data)
-    return {"path": key, "sha256": digest(data)}

@@ -5,6 +5,8 @@ Video ──fetch_clip──> RawClip ──read_clip──> frames
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -63,10 +65,8 @@ def _fetch_file(video: Video, config: CropConfig) -> bytes:
         raise _missing(video.url)
     if found.size > config.max_bytes:
         raise Quarantined(Reason.TOO_MANY_BYTES, f"{found.size} bytes, the cap is {config.max_bytes}")
-    try:
+    with _refusals(video.url):
         return source.get(key)
-    except FileNotFoundError as error:  # deleted since
-        raise _missing(video.url) from error
 
 
 def _fetch_images(video: Video, config: CropConfig) -> tuple[bytes, ...]:
@@ -79,11 +79,23 @@ def _fetch_images(video: Video, config: CropConfig) -> tuple[bytes, ...]:
         part = f"from {video.start_s or 0:g} s to {'the end' if video.end_s is None else f'{video.end_s:g} s'}"
         raise Quarantined(Reason.TOO_SHORT, f"no image lies {part}; the folder has {len(images)} images")
     check_images(len(chosen), sum(image.size for image in chosen), config)
+    with _refusals(video.url), ThreadPoolExecutor(_FETCHES) as pool:
+        return tuple(pool.map(source.get, [image.key for image in chosen]))
+
+
+@contextlib.contextmanager
+def _refusals(url: str) -> Iterator[None]:
+    """One file that is gone, leads nowhere or is locked is no reason to stop. Raises Quarantined."""
     try:
-        with ThreadPoolExecutor(_FETCHES) as pool:
-            return tuple(pool.map(source.get, [image.key for image in chosen]))
-    except FileNotFoundError as error:
-        raise _missing(video.url) from error
+        yield
+    except FileNotFoundError as error:  # deleted since, or a link that leads nowhere
+        raise _missing(url) from error
+    except PermissionError as error:
+        raise Quarantined(Reason.UNREADABLE, f"{url} may not be read by this user") from error
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise _missing(url) from error
 
 
 def list_images(folder: Store) -> list[Entry]:

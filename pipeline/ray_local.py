@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.contract import MicaclError
+from pipeline.ray_leftovers import OWNER, PREFIX, end_processes, sweep, who
 
 _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -45,12 +46,13 @@ def ray_session(
     if address or os.environ.get("RAY_ADDRESS"):
         import ray
 
-        _require_answer(address or os.environ["RAY_ADDRESS"])
+        address = address or os.environ["RAY_ADDRESS"]
+        _require_answer(address)
         if ray.is_initialized():
             yield "joined"
             return
-        with _sigterm_as_before():
-            ray.init(address=address or "auto", log_to_driver=True, logging_level=logging.WARNING)
+        with _in_words(f"The Ray cluster at {address} was not joined"), _sigterm_as_before():
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
         try:
             yield "joined"
         finally:
@@ -59,17 +61,17 @@ def ray_session(
     with _private_files() as folder:
         import ray
 
-        with _in_words(), _sigterm_as_before():
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                object_store_memory=object_store_mb * 2**20,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=False,  # what a person should read comes back as results and progress lines
-                _temp_dir=str(folder),
-            )
         try:
+            with _in_words("Ray did not start on this machine"), _sigterm_as_before():
+                ray.init(
+                    address="local",
+                    num_cpus=num_cpus,
+                    object_store_memory=object_store_mb * 2**20,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=False,  # what a person should read comes back as results and progress lines
+                    _temp_dir=str(folder),
+                )
             yield "private"
         finally:
             with _undisturbed():
@@ -79,8 +81,10 @@ def ray_session(
 @contextlib.contextmanager
 def _private_files() -> Iterator[Path]:
     """A short folder (Unix sockets allow 107 bytes) with a token in it, and the environment that points there."""
-    short = "/tmp" if os.path.isdir("/tmp") else None  # noqa: S108  (mkdtemp makes a private folder in it)
-    folder = Path(tempfile.mkdtemp(prefix="micacl-ray-", dir=short))
+    short = "/tmp" if os.path.isdir("/tmp") else tempfile.gettempdir()  # noqa: S108  (mkdtemp makes a private folder in it)
+    sweep(Path(short))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=short))
+    (folder / OWNER).write_text(who(os.getpid()))
     inner = folder / "ray"  # Ray opens its own folder to everybody; the one around it stays closed
     inner.mkdir()
     token = folder / "token"
@@ -96,7 +100,9 @@ def _private_files() -> Iterator[Path]:
         for name, value in before.items():
             os.environ.pop(name, None) if value is None else os.environ.__setitem__(name, value)
         _read_auth_again()
-        shutil.rmtree(folder, ignore_errors=True)
+        with _undisturbed():
+            end_processes(folder)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
@@ -124,15 +130,15 @@ def _sigterm_as_before() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_words() -> Iterator[None]:
+def _in_words(what: str) -> Iterator[None]:
     """A Ray that does not come up is no failure of ours. Raises MicaclError."""
     try:
         yield
-    except (RuntimeError, ConnectionError, TimeoutError) as error:
+    except Exception as error:  # Ray raises plain Exceptions too; all of them are told
         raise MicaclError(
-            f"Ray did not start on this machine: {str(error).splitlines()[0]}",
+            f"{what}: {next(iter(str(error).splitlines()), type(error).__name__)}",
             "Nothing was run.",
-            "A busy machine can be too slow for it: run the same command again, or join a cluster (--address).",
+            "Check --workers and --address; a busy machine can be too slow for it: run the same command again.",
         ) from error
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.contract import digest
+from pipeline.contract import digest, foreign
 from pipeline.crop import CropRecord
 from pipeline.dataset import get_checked
 from pipeline.storage import Store
@@ -46,6 +46,11 @@ def write_records(store: Store, records: Iterable[tuple[CropRecord, str | None]]
 def read_records(store: Store, files: Iterable[Mapping[str, Any]]) -> Iterator[CropRecord]:
     """The records of a version, one file in memory. Raises MicaclError if a file was changed or is gone."""
     for file in files:
-        table = pq.read_table(io.BytesIO(get_checked(store, str(file["path"]), str(file["sha256"]))))
-        for text in table["record"].to_pylist():
-            yield CropRecord.from_json(text, store.url(str(file["path"])))
+        where = store.url(str(file["path"]))
+        try:
+            table = pq.read_table(io.BytesIO(get_checked(store, str(file["path"]), str(file["sha256"]))))
+            texts = table["record"].cast(pa.string()).to_pylist()
+        except (pa.ArrowException, OSError, ValueError, KeyError) as error:
+            raise foreign(where, error) from error
+        for text in texts:
+            yield CropRecord.from_json(text or "", where)

@@ -6,7 +6,6 @@ anywhere: styles are inline and pictures are data: URIs. Every name that came fr
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pipeline.histograms import HEIGHT, MEASURES, WIDTH, Histogram, histogram
 from pipeline.leakage import Suspect, leaks, suspects
 from pipeline.pack import UNLABELLED
 from pipeline.pictures import Strip, strip_of, thumbnail
+from pipeline.quarantine import quarantine_lines
 from pipeline.verify import version_notes
 
 BAGS_PER_CLASS = 6
@@ -147,7 +147,7 @@ def _samples(dataset: Dataset, label: str) -> list[Strip]:
     rows = dataset.index.filter(pc.equal(dataset.index["label"], label))
     count = min(BAGS_PER_CLASS, rows.num_rows)
     places = sorted({(2 * i + 1) * rows.num_rows // (2 * count) for i in range(count)})
-    return [_strip(dataset, row) for row in rows.take(places).to_pylist()]
+    return [_strip(dataset, row) for row in rows.take(pa.array(places, pa.int64())).to_pylist()]
 
 
 def _pair(dataset: Dataset, pair: Suspect) -> tuple[Strip, Strip, int]:
@@ -165,10 +165,10 @@ def _quarantine(dataset: Dataset) -> tuple[list[dict[str, str]], str]:
     if not listed:
         return [], ""
     try:
-        lines = get_checked(dataset.store, listed["path"], listed["sha256"]).decode().splitlines()
+        data = get_checked(dataset.store, listed["path"], listed["sha256"])
+        records = [{k: str(v) for k, v in line.items()} for line in quarantine_lines(data, "the quarantine list")]
     except MicaclError as error:
         return [], f"The list cannot be shown: {error.cause}"
-    records = [{k: str(v) for k, v in json.loads(line).items()} for line in lines]
     for i, record in enumerate(records):
         record["picture"] = thumbnail(dataset.store, record.get("object", "")) if i < MAX_THUMBNAILS else ""
     return records, ""

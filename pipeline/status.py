@@ -18,7 +18,7 @@ from typing import Any
 
 from pipeline.contract import MicaclError, Video
 from pipeline.crop import read_record
-from pipeline.dataset import list_versions, read_version, require_shape, version_key
+from pipeline.dataset import list_versions, read_version
 from pipeline.storage import Entry, Store, open_store
 from pipeline.worklist import WorkList, iter_worklist, read_worklist
 
@@ -43,8 +43,6 @@ def dataset_status(url: str) -> dict[str, Any]:
     shards = {entry.key: entry.size for entry in store.list("shards/")}
     index = {entry.key for entry in store.list("index/")}
     body = read_version(store, versions[-1])[1] if versions else None
-    if body is not None:
-        require_shape(body, store.url(version_key(versions[-1])))
     counts = _shard_counts(body["shards"] if body else [], shards, index)
     run = _latest_run(store)
     return {

@@ -193,8 +193,8 @@ class LocalStore(Store):
                 key = self._key(path.relative_to(root).as_posix())
                 if name.startswith(_TEMPORARY) or not key.startswith(prefix):
                     continue
-                with contextlib.suppress(FileNotFoundError):  # deleted since the folder was read
-                    yield _local_entry(key, path)
+                if entry := _listed_entry(key, path):
+                    yield entry
 
     def children(self, prefix: str = "") -> Iterator[Entry]:
         """As Store says, in the order of the names; links to folders are followed."""
@@ -204,9 +204,8 @@ class LocalStore(Store):
             key = self._key(f"{prefix}{name}")
             if path.is_dir():
                 yield Entry(f"{key}/", 0, "")
-            elif not name.startswith(_TEMPORARY):
-                with contextlib.suppress(FileNotFoundError):
-                    yield _local_entry(key, path)
+            elif not name.startswith(_TEMPORARY) and (entry := _listed_entry(key, path)):
+                yield entry
 
     def _key(self, name: str) -> str:
         key = escape_name(name)
@@ -265,6 +264,18 @@ def _leaves(key: str, root: str) -> MicaclError:
 def _local_entry(key: str, path: Path) -> Entry:
     stat = path.stat()
     return Entry(key, stat.st_size, f"{stat.st_size}-{stat.st_mtime_ns}")
+
+
+def _listed_entry(key: str, path: Path) -> Entry | None:
+    """Of a name in a folder; None if it was deleted since. A link that leads nowhere is there, and cannot be read."""
+    try:
+        return _local_entry(key, path)
+    except OSError as error:
+        if not path.is_symlink() and isinstance(error, FileNotFoundError):
+            return None
+        if not path.is_symlink():
+            raise
+        return Entry(key, 0, "")
 
 
 class FsspecStore(Store):

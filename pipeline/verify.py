@@ -41,6 +41,7 @@ from pipeline.dataset import (
 )
 from pipeline.pack import UNLABELLED
 from pipeline.problems import DELETE_VERSION, RECOMMIT, REPACK, UNFIT, Problem, Severity
+from pipeline.shapes import VERSION, require_shape
 from pipeline.shards import read_bag
 from pipeline.sources.published import differences
 from pipeline.storage import Store, open_store
@@ -79,6 +80,7 @@ def verify_dataset(url: str, version: int | None = None, say: Say | None = None)
     try:
         body = json_object(data, where)
         require_schema(body.get("schema"), where)
+        require_shape(body, VERSION, where)
         shards = [_shard_entry(shard) for shard in body["shards"]]
         told = {str(part): {str(k): int(n) for k, n in of.items()} for part, of in body["counts"].items()}
         labels = [str(label) for label in body["labels"]]
@@ -214,8 +216,8 @@ def _read_rows(store: Store, shard: Mapping[str, Any]) -> Iterator[tuple[str, pa
         return
     try:
         yield "", read_index(data)
-    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        yield f"The index file cannot be read: {error}.", None
+    except MicaclError as error:
+        yield error.cause, None
 
 
 def _check_extent(data: bytes, rows: pa.Table, shard: Mapping[str, Any]) -> Iterator[str]:

@@ -15,6 +15,7 @@ from pipeline.dataset import get_checked
 from pipeline.leakage import leaks, suspects
 from pipeline.pack import UNLABELLED
 from pipeline.problems import DELETE_VERSION, LOOK, RECOMMIT, RESPLIT, UNFIT, Problem, Severity
+from pipeline.quarantine import quarantine_lines
 from pipeline.storage import Store
 
 
@@ -78,7 +79,11 @@ def check_videos(rows: pa.Table, body: Mapping[str, Any], where: str) -> Iterato
 
 def check_lists(store: Store, body: Mapping[str, Any]) -> Iterator[Problem]:
     """The quarantine list and the files of records are the ones that were written, and say what the version says."""
-    if listed := body.get("quarantine"):
+    listed = body.get("quarantine")
+    if not listed and dict(body.get("videos") or {}).get("quarantined"):
+        what = "It counts quarantined videos and names no list of them."
+        yield Problem(what=what, where=store.root, remedy=DELETE_VERSION)
+    if listed:
         yield from _check_list(store, dict(listed), _quarantine_fault(body))
     for listed in body.get("records") or []:
         yield from _check_list(store, dict(listed), lambda _: "")
@@ -104,7 +109,7 @@ def _quarantine_fault(body: Mapping[str, Any]) -> Callable[[bytes], str]:
     said = int(dict(body.get("videos") or {}).get("quarantined", 0))
 
     def fault(data: bytes) -> str:
-        counted = Counter(str(json.loads(line)["reason"]) for line in data.decode().splitlines())
+        counted = Counter(line["reason"] for line in quarantine_lines(data, "the quarantine list"))
         if counted == Counter(reasons) and counted.total() == said:
             return ""
         counts = dict(sorted(counted.items()))

@@ -195,6 +195,8 @@ def _entry(data: bytes, config: CropConfig, start_s: float) -> _Entry | None:
         if first is None or first.time is None:
             return None
         pts = int((first.time + start_s - _RUN_UP_S) / stream.time_base)
+        if pts >= 2**62:
+            return None
         try:
             container.seek(pts, stream=stream)
             packet = next(iter(container.demux(stream)))

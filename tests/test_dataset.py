@@ -49,24 +49,24 @@ def url(tmp_path: Path) -> str:
 
 
 def test_the_same_body_is_no_new_version(store: Store) -> None:
-    assert commit(store, body(crop={"b": 1, "a": (1, 2)})) == (1, True)
-    assert commit(store, body(crop={"a": [1, 2], "b": 1})) == (1, False)
+    assert commit(store, body(pack={"b": 1, "a": "x"})) == (1, True)
+    assert commit(store, body(pack={"a": "x", "b": 1})) == (1, False)
     assert list_versions(store) == [1]
 
 
 def test_another_body_is_the_next_version(store: Store) -> None:
-    first, second = body(crop=1), body(crop=2)
+    first, second = body(pack={"is": 1}), body(pack={"is": 2})
     assert [commit(store, b) for b in (first, second, first)] == [(1, True), (2, True), (3, True)]
     read = [read_version(store, n)[1] for n in (1, 2, 3)]
     assert [(b["version"], b["parent"]) for b in read] == [(1, None), (2, 1), (3, 2)]
-    assert [b["crop"] for b in read] == [1, 2, 1]
+    assert [b["pack"]["is"] for b in read] == [1, 2, 1]
     assert read_version(store)[0] == 3
 
 
 @pytest.mark.parametrize("before", [0, 1])
 def test_of_two_commits_at_once_one_is_refused(store: Store, before: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for i in range(before):
-        commit(store, body(crop=f"before {i}"))
+        commit(store, body(pack={"is": f"before {i}"}))
     gate, said = threading.Barrier(2), {}
     put_if_absent = type(store).put_if_absent
 
@@ -78,7 +78,7 @@ def test_of_two_commits_at_once_one_is_refused(store: Store, before: int, monkey
 
     def work(name: str) -> None:
         try:
-            said[name] = commit(store, body(crop=name))
+            said[name] = commit(store, body(pack={"is": name}))
         except MicaclError as error:
             said[name] = error
 
@@ -91,16 +91,16 @@ def test_of_two_commits_at_once_one_is_refused(store: Store, before: int, monkey
     (refusal,) = [result for result in said.values() if isinstance(result, MicaclError)]
     assert f"committed version {before + 1}" in str(refusal)
     assert list_versions(store) == list(range(1, before + 2))
-    assert read_version(store)[1]["crop"] == winner
+    assert read_version(store)[1]["pack"]["is"] == winner
 
 
 def test_a_commit_on_an_older_version_is_refused(store: Store) -> None:
-    commit(store, body(crop=1))
-    commit(store, body(crop=2))
+    commit(store, body(pack={"is": 1}))
+    commit(store, body(pack={"is": 2}))
     with pytest.raises(MicaclError, match="committed version 2"):
-        commit(store, body(crop=3), parent=1)
+        commit(store, body(pack={"is": 3}), parent=1)
     assert list_versions(store) == [1, 2]
-    assert commit(store, body(crop=3), parent=2) == (3, True)
+    assert commit(store, body(pack={"is": 3}), parent=2) == (3, True)
 
 
 def test_a_version_is_the_same_bytes_for_the_same_inputs(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_shards_are_listed_in_one_order(store: Store) -> None:
 def test_more_than_nine_versions_are_in_order(tmp_path: Path) -> None:
     store = LocalStore(str(tmp_path))
     for i in range(12):
-        commit(store, body(crop=i))
+        commit(store, body(pack={"is": i}))
     for stranger in ("versions/abc.json", "versions/000099.json.bak", "versions/1.json"):
         store.put(stranger, b"{}")
     assert list_versions(store) == list(range(1, 13))

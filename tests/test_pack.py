@@ -250,7 +250,7 @@ def test_packing_under_other_settings_leaves_older_versions_whole(store: LocalSt
     def prepare(**changes: object) -> None:
         plan = plan_of(store, **changes)
         entry, _ = pack_shard(plan, store)
-        body = version_body(labels=LABELS, shards=[entry], rows={"train": {"happy": 5}}, crop=str(changes))
+        body = version_body(labels=LABELS, shards=[entry], rows={"train": {"happy": 5}}, source={"kind": str(changes)})
         commit(store, body)
 
     prepare()

@@ -164,10 +164,16 @@ def test_putting_leaves_nothing_but_the_object(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.rglob("*") if p.is_file()) == ["b", "c"]
 
 
-def test_a_dangling_link_does_not_stop_a_listing(tmp_path: Path) -> None:
+def test_links_that_lead_nowhere_are_listed_and_are_not_there(tmp_path: Path) -> None:
+    """So a video behind one is quarantined as missing, not passed over; and no link stops a listing."""
     (tmp_path / "link.mp4").symlink_to(tmp_path / "gone.mp4")
+    (tmp_path / "loop.mp4").symlink_to(tmp_path / "loop.mp4")
     (tmp_path / "real.mp4").write_bytes(b"1")
-    assert [e.key for e in open_store(str(tmp_path)).list()] == ["real.mp4"]
+    store = open_store(str(tmp_path))
+    for entries in (store.list(), store.children()):
+        assert sorted((e.key, e.size) for e in entries) == [("link.mp4", 0), ("loop.mp4", 0), ("real.mp4", 1)]
+    assert store.stat("link.mp4") is None
+    assert store.stat("loop.mp4") is None
 
 
 def test_linked_folders_are_listed_and_loops_end(tmp_path: Path) -> None:

@@ -400,7 +400,9 @@ def test_lists_that_a_version_names_are_checked(store: LocalStore) -> None:
     assert problem["where"] == store.url("records/x.parquet")
     edit_version(store, lambda body: body.update(records=[], quarantine={"path": "records/x.parquet"}))
     [problem] = verify_dataset(store.root)["problems"]
-    assert "names no sha256" in problem["what"]
+    assert "quarantine.sha256 is missing" in problem["what"]
+    edit_version(store, lambda body: (body.pop("quarantine"), body["videos"].update(listed=9, quarantined=1)))
+    assert "names no list of them" in said(store)
 
 
 def test_a_long_run_says_how_far_it_is(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:

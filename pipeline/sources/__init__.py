@@ -112,11 +112,11 @@ def label_set(labels: Sequence[str], source: Source) -> tuple[str, ...]:
     Raises MicaclError if a word is said twice.
     """
     chosen = tuple(labels) or source.labels or DFEW_LABELS
-    if len(set(chosen)) < len(chosen) or "unlabelled" in chosen:
+    if len(set(chosen)) < len(chosen) or "unlabelled" in chosen or ("auto" in chosen and chosen != AUTO):
         raise MicaclError(
-            f"--labels {' '.join(chosen)} says a label twice, or `unlabelled`.",
+            f"--labels {' '.join(chosen)} says a label twice, or `unlabelled`, or `auto` among others.",
             "Nothing was written.",
-            "Name each class once; `unlabelled` is the word for videos without a label.",
+            "Name each class once, or say `auto` alone; `unlabelled` is the word for videos without a label.",
         )
     return chosen
 

@@ -23,6 +23,7 @@ from pipeline.storage import Store, open_store, split_url
 
 COLUMNS = ("path", "label", "split", "fold", "subject", "scene", "kind", "cropped", "start_s", "end_s", "box")
 _MOST_FOLDS = 1000
+_MOST_SECONDS = 1e6
 _BUFFER_BYTES = 2**20
 _BATCH_ROWS = 4096
 _NO_CSV = "Give a CSV with a header, the same number of fields in every line (quotes around commas), in UTF-8."
@@ -204,9 +205,11 @@ def _text(value: Any) -> str:
 
 
 def _video(row: Mapping[str, str], root: str, where: str) -> Video:
-    path = row["path"].removeprefix("./")
+    path = _tidy(row["path"])
     if not path.strip("/"):
         raise MicaclError(f"{where} has an empty path.", "Nothing was read.", "Fill it in or remove the line.")
+    if path.rstrip("/").rpartition("/")[2] == "..":
+        raise _bad(where, "path", row["path"], "name a file or a folder of images")
     kind = _one_of(row, "kind", ("video", "frames"), where)
     if kind is None:
         kind = "frames" if path.endswith("/") or "." not in path.rpartition("/")[2] else "video"
@@ -215,23 +218,43 @@ def _video(row: Mapping[str, str], root: str, where: str) -> Video:
     if (split == FOLDS) != (fold is not None) and split is not None:
         raise _bad(where, "split", split, "leave `split` out where `fold` is given, or the other way round")
     start_s, end_s = (_seconds(row, column, where) for column in ("start_s", "end_s"))
-    if end_s is not None and end_s <= (start_s or 0):
+    start_s = (start_s or None) if end_s is None else (start_s or 0.0)  # the same part has the same name
+    if end_s is not None and start_s is not None and end_s <= start_s:
         raise _bad(where, "end_s", row["end_s"], "give seconds after start_s")
     box = _box(row, where)
     return Video(
         url=path if "://" in path or path.startswith("/") else f"{root.rstrip('/')}/{path}",
         name=path + _part(start_s, end_s, box),
-        label=row.get("label") or None,
+        label=_word(row, "label"),
         split=split if fold is None else FOLDS,
-        subject=row.get("subject") or None,
+        subject=_word(row, "subject"),
         fold=fold,
-        scene=row.get("scene") or None,
+        scene=_word(row, "scene"),
         kind=kind,
         cropped=_one_of(row, "cropped", ("true", "false"), where) == "true",
         start_s=start_s,
         end_s=end_s,
         box=box,
     )
+
+
+def _word(row: Mapping[str, str], column: str) -> str | None:
+    """Without the spaces that tables have around words: they would make two people of one."""
+    return (row.get(column) or "").strip() or None
+
+
+def _tidy(path: str) -> str:
+    """The same path without `.` and, where something goes before it, `..`: one file has one name."""
+    if "://" in path:
+        return path
+    out: list[str] = []
+    for part in path.split("/"):
+        if part == ".." and out and out[-1] not in ("", ".."):
+            out.pop()
+        elif part != "." and (part or not out or out != [""]):
+            out.append(part)
+    tidy = "/".join(out)
+    return tidy if path.startswith("/") else tidy.lstrip("/")
 
 
 def _part(start_s: float | None, end_s: float | None, box: tuple[float, ...] | None) -> str:
@@ -273,10 +296,10 @@ def _seconds(row: Mapping[str, str], column: str, where: str) -> float | None:
     text = (row.get(column) or "").strip()
     if not text:
         return None
-    (value,) = _floats(text) or (-1.0,)
-    if value < 0:
-        raise _bad(where, column, text, "give seconds from the first frame of the file, 0 or more")
-    return value
+    found = _floats(text)
+    if len(found) != 1 or not 0 <= found[0] <= _MOST_SECONDS:
+        raise _bad(where, column, text, "give seconds from the first frame of the file, e.g. 12.5; 0 or more")
+    return round(found[0], 6)
 
 
 def _box(row: Mapping[str, str], where: str) -> tuple[float, float, float, float] | None:
@@ -295,4 +318,4 @@ def _floats(text: str) -> tuple[float, ...]:
         found = tuple(float(word) for word in text.replace(",", " ").split())
     except ValueError:
         return ()
-    return found if all(map(math.isfinite, found)) else ()
+    return tuple(value + 0.0 for value in found) if all(map(math.isfinite, found)) else ()  # -0 is 0
