@@ -290,7 +290,10 @@ def test_the_folder_of_a_dead_owner_is_removed_and_no_other(tmp_path: Path) -> N
         folder.mkdir()
     (mine / ray_leftovers.OWNER).write_text(ray_leftovers.who(os.getpid()))
     (dead / ray_leftovers.OWNER).write_text(f"{os.getpid()} 1")  # the number came again
-    left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", str(dead)])
+    code = "import time; print(flush=True); time.sleep(60)"
+    left = subprocess.Popen([sys.executable, "-c", code, str(dead)], stdout=subprocess.PIPE)
+    assert left.stdout is not None
+    left.stdout.readline()  # it runs, so /proc says what it is
     ray_leftovers.sweep(tmp_path)
     assert left.wait(10) != 0
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["micacl-ray-foreign", "micacl-ray-mine"]
