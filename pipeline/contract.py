@@ -136,7 +136,7 @@ class CropConfig:
     detect_score: float = 0.6
     detector: str = DETECTOR
     fallback: str = FALLBACK_DETECTOR
-    """Searches again in clips in which the detector follows nobody; `none` does without."""
+    """Searches again in clips in which the detector follows nobody for a quarter of the frames; `none` does without."""
     align: str = "roll"
     """`roll` turns the crop so that the face stands upright in the median of the track; `box` leaves it as it is."""
     faces: str = "largest"
@@ -213,7 +213,7 @@ class PackConfig:
     max_bytes: int = 64 * 2**20
     """Per shard; a single larger bag still gets a shard of its own."""
     where: str = ""
-    """Bags are packed only if this holds, e.g. `detector_score > 0.8 and face_px >= 48` (columns: docs/data.md)."""
+    """Bags are packed only if this holds, e.g. `detector_score > 0.8 and face_px >= 48` (docs/shard-format.md)."""
 
     def __post_init__(self) -> None:
         require_at_least(1, ("--pack.max-bags", self.max_bags), ("--pack.max-bytes", self.max_bytes))

@@ -33,6 +33,7 @@ from pipeline.contract import (
     part_name,
     require_schema,
 )
+from pipeline.parquet import read_parquet
 from pipeline.shapes import VERSION, require_shape
 from pipeline.storage import Store, open_store
 
@@ -206,7 +207,7 @@ def write_index(rows: list[dict[str, Any]]) -> bytes:
 def read_index(data: bytes) -> pa.Table:
     """The rows of an index file. Raises MicaclError if it is not one."""
     try:
-        rows = pq.read_table(io.BytesIO(data)).cast(INDEX_SCHEMA)
+        rows = read_parquet(data).cast(INDEX_SCHEMA)
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError) as error:
         raise foreign("an index file", error) from error
     for column in INDEX_SCHEMA.names:

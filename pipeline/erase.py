@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 
 from pipeline.contract import MicaclError, Video, canonical_json, digest, expecting, json_object
 from pipeline.dataset import INDEX_SCHEMA, get_checked
+from pipeline.parquet import read_parquet
 from pipeline.shards import read_members
 from pipeline.storage import Store
 
@@ -71,7 +72,7 @@ def _table(data: bytes, key: str) -> pa.Table:
     if key.endswith(".jsonl"):
         rows = [json_object(line, key) for line in data.splitlines() if line.strip()]
         return pa.Table.from_pylist([{"video": _name(row), "subject": _word(row.get("subject"))} for row in rows])
-    return pq.read_table(io.BytesIO(data))
+    return read_parquet(data)
 
 
 def _word(value: Any) -> str | None:
@@ -193,7 +194,7 @@ def _lines_without(data: bytes, key: str, videos: Collection[str], reasons: Coun
 
 def _parquet_without(data: bytes, key: str, videos: Collection[str], reasons: Counter[str]) -> bytes | None:
     del key, reasons
-    table = pq.read_table(io.BytesIO(data))
+    table = read_parquet(data)
     held = holding(table, videos)
     if not pc.any(held).as_py():
         return None

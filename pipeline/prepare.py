@@ -28,6 +28,7 @@ from pipeline.contract import (
     CropConfig,
     MicaclError,
     PackConfig,
+    Reason,
     Video,
     canonical_json,
     require_label,
@@ -96,8 +97,9 @@ def prepare(
     with open_ledger(keep) as ledger, contextlib.ExitStack() as stack:
         enter = functools.cache(lambda: stack.enter_context(session()))
         ledger.add(_listed(stay_out.let_in(videos), labels, config, say))
-        labels = tuple(ledger.labels()) if labels == ("auto",) else labels
-        say(f"{ledger.counts()['listed']} videos listed")
+        labels = _label_set(ledger, labels)
+        left_out = f", and {stay_out.videos} that were forgotten are left out" if stay_out.videos else ""
+        say(f"{ledger.counts()['listed']} videos listed{left_out}; labels: {', '.join(labels) or 'none'}")
         _take_over(ledger, store, before, config.crop, say)
         cropped = _crop_all(ledger, store, config.crop, say, enter)
         counts = ledger.counts()
@@ -105,7 +107,7 @@ def prepare(
             raise MicaclError(
                 f"None of the {counts['listed']} videos gave a bag ({_reasons(ledger)}).",
                 "No version was committed.",
-                "`micacl status URL` lists the reasons; check that the videos show faces.",
+                _remedy(ledger),
             )
         shards, packed = _pack_all(ledger, store, before, config.pack, say, enter)
         body = version_body(
@@ -116,7 +118,7 @@ def prepare(
             pack={**dataclasses.asdict(config.pack), "test_share": config.test_share},
             videos=_video_counts(counts, stay_out.videos),
             quarantined=ledger.reasons(),
-            quarantine=write_quarantine(store, ledger.quarantined()),
+            quarantine=write_quarantine(store, _said_of(ledger, config.pack.where)),
             records=write_records(store, ledger.records()),
             **({"source": dict(source)} if source else {}),
             **({"forgotten": sorted(stay_out.forgotten)} if stay_out.forgotten else {}),
@@ -318,6 +320,37 @@ def _plan(text: str) -> ShardPlan:
 def _json(text: Any) -> dict[str, Any]:
     value: dict[str, Any] = json.loads(str(text))
     return value
+
+
+def _label_set(ledger: Ledger, labels: tuple[str, ...]) -> tuple[str, ...]:
+    """The words that are there if ("auto",) was said. Raises MicaclError if two are one word in two spellings."""
+    if labels != ("auto",):
+        return labels
+    found = tuple(ledger.labels())
+    spelt = {word.casefold(): word for word in found}
+    for word in found:
+        if spelt[word.casefold()] != word:
+            raise MicaclError(
+                f"The labels {word!r} and {spelt[word.casefold()]!r} differ only in their capitals.",
+                "Nothing was written: they would be two classes.",
+                "Write them alike in the source, or name the classes with --labels.",
+            )
+    return found
+
+
+def _remedy(ledger: Ledger) -> str:
+    first = next(ledger.quarantined())
+    return (
+        f"The first is {first['video']}: {first['detail'] or first['reason']}. Paths of a table are relative to it; "
+        "`micacl status URL` counts the reasons."
+    )
+
+
+def _said_of(ledger: Ledger, where: str) -> Iterator[dict[str, Any]]:
+    """The quarantined videos, with the filter that a filtered one did not pass."""
+    for said in ledger.quarantined():
+        filtered = said["reason"] == Reason.FILTERED.value
+        yield {**said, "detail": f"none of its bags passes --pack.where {where!r}"} if filtered else said
 
 
 def _reasons(ledger: Ledger) -> str:

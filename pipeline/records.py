@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.contract import digest, foreign
 from pipeline.crop import CropRecord
 from pipeline.dataset import get_checked
+from pipeline.parquet import read_parquet
 from pipeline.storage import Store
 
 FILE_RECORDS = 8192
@@ -48,7 +49,7 @@ def read_records(store: Store, files: Iterable[Mapping[str, Any]]) -> Iterator[C
     for file in files:
         where = store.url(str(file["path"]))
         try:
-            table = pq.read_table(io.BytesIO(get_checked(store, str(file["path"]), str(file["sha256"]))))
+            table = read_parquet(get_checked(store, str(file["path"]), str(file["sha256"])))
             texts = table["record"].cast(pa.string()).to_pylist()
         except (pa.ArrowException, OSError, ValueError, KeyError) as error:
             raise foreign(where, error) from error

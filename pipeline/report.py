@@ -86,7 +86,11 @@ def _page(dataset: Dataset) -> dict[str, Any]:
         "hours": (pc.sum(index["seconds"]).as_py() or 0.0) / 3600,
         "bytes": sum(shard["bytes"] for shard in body["shards"]),
         "shards": len(body["shards"]),
-        "crop": sorted((body.get("crop") or {}).items()),
+        "settings": [
+            (f"{kind}.{name}", value)
+            for kind in ("crop", "pack")
+            for name, value in sorted((body.get(kind) or {}).items())
+        ],
         "detectors": _detectors(index),
         "charts": _charts(index),
         "chart": {"width": WIDTH, "height": HEIGHT},

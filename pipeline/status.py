@@ -164,6 +164,9 @@ def _sentence(versions: Sequence[int], crops: dict[str, dict[str, Any]], shards:
     done = sum(of_hash["objects"] for of_hash in crops.values())
     if not versions and not done and not shards["unreferenced"]:
         return "There is nothing here: no crop, no shard, no version. Check the URL, or run `micacl prepare RAW URL`."
+    lost = sum(sum(of_hash["quarantined"].values()) for of_hash in crops.values())
+    if not versions and lost == done and not shards["unreferenced"]:
+        return f"No version: all {done} videos that were looked at are quarantined; `crops` counts the reasons."
     if not versions:
         return (
             f"No version yet: {done} crops and {shards['unreferenced']} shards are there. A run is under way or was "

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.contract import MicaclError, Video, canonical_json, digest, expecting, json_object
 from pipeline.dataset import get_checked
+from pipeline.parquet import read_parquet
 from pipeline.storage import Store, open_store
 
 CURRENT = "latest-run.json"
@@ -94,5 +95,5 @@ def _part_slice(url: str, part: tuple[str, str], start: int, stop: int) -> tuple
 
 @functools.lru_cache(maxsize=2)
 def _read_part(url: str, key: str, sha256: str) -> tuple[Video, ...]:
-    table = pq.read_table(io.BytesIO(get_checked(open_store(url), key, sha256)))
+    table = read_parquet(get_checked(open_store(url), key, sha256))
     return tuple(Video.from_json(text) for text in table["row"].to_pylist())

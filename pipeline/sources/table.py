@@ -122,7 +122,7 @@ def _is_parquet(name: str) -> bool:
 
 def _parquet(file: io.BufferedReader, url: str) -> Any:
     try:
-        return pq.ParquetFile(file)
+        return pq.ParquetFile(file, pre_buffer=False)
     except (pa.ArrowException, OSError) as error:
         raise MicaclError(f"{url}: {error}.", "Nothing was read.", "Give a CSV with a header, or Parquet.") from error
 
@@ -183,7 +183,7 @@ def _parquet_rows(file: io.BufferedReader, url: str) -> Iterator[tuple[str, dict
     columns = [column for column in table.schema_arrow.names if column in COLUMNS]
     number = 0
     try:
-        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns):
+        for batch in table.iter_batches(batch_size=_BATCH_ROWS, columns=columns, use_threads=False):
             for row in batch.to_pylist():
                 number += 1
                 yield f"{url} row {number}", {column: _text(value) for column, value in row.items()}
@@ -214,7 +214,8 @@ def _video(row: Mapping[str, str], root: str, where: str) -> Video:
     if kind is None:
         kind = "frames" if path.endswith("/") or "." not in path.rpartition("/")[2] else "video"
     path = path.rstrip("/")
-    fold, split = _fold(row, where), _one_of(row, "split", (*SPLITS, FOLDS), where)
+    fold = _fold(row, where)
+    split = _one_of(row, "split", SPLITS if fold is None else (*SPLITS, FOLDS), where)
     if (split == FOLDS) != (fold is not None) and split is not None:
         raise _bad(where, "split", split, "leave `split` out where `fold` is given, or the other way round")
     start_s, end_s = (_seconds(row, column, where) for column in ("start_s", "end_s"))
