@@ -65,7 +65,9 @@ def video_to_bags(
     if not tracks and report.frames < config.min_frames:
         raise Quarantined(Reason.TOO_SHORT, f"{report.frames} frames decode, a bag needs {config.min_frames}")
     if not tracks:
-        raise Quarantined(Reason.NO_FACE, f"no face is followed for {config.min_frames} of {report.frames} frames")
+        raise Quarantined(
+            Reason.NO_FACE, f"no face is followed for at least {config.min_frames} frames ({report.frames} decode)"
+        )
     kept = tracks[:1] if config.faces == "largest" else tracks
     bags = [_bag(track, f"{video_id}_{n}", n, name, config, detector) for n, track in enumerate(kept)]
     if given:

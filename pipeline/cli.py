@@ -219,7 +219,11 @@ def prepare(
     result = job(found.videos(), words, absolute(dataset), config, say, session, source=said)
     listed, bad = result["videos"]["listed"], result["videos"]["quarantined"]
     if bad > max_quarantined * listed:
-        say(f"{bad} of {listed} videos are quarantined, more than --max-quarantined {max_quarantined:g}.")
+        reasons = ", ".join(f"{count} {reason}" for reason, count in result["quarantined"].items())
+        say(
+            f"{bad} of {listed} videos are quarantined ({reasons}), more than --max-quarantined {max_quarantined:g}. "
+            f"Version {result['version']} can be used all the same; `micacl report` shows them."
+        )
         result["exit"] = EXIT_QUARANTINED
     return result
 
