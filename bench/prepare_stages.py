@@ -34,7 +34,7 @@ STAGES = (
     ("tell faces apart", "pipeline.faces", "face_patch"),
     ("tell faces apart", "pipeline.faces", "alike"),
     ("tracks", "pipeline.bags", "follow_faces"),
-    ("copies of regions", "pipeline.faces", "_cut"),
+    ("copies of regions", "pipeline.faces", "cut_region"),
     ("pose", "pipeline.bags", "median_pose"),
     ("crop, turn, resize", "pipeline.bags", "_crop"),
     ("crop, turn, resize", "pipeline.bags", "_square"),

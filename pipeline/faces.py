@@ -148,7 +148,7 @@ def _search(
             ended.append(one.track)
         else:
             one.misses += 1
-            one.held += [_cut(frame, one.box, config) for frame in pending]
+            one.held += [cut_region(frame, one.box, config) for frame in pending]
             still.append(one)
     taken = set(joined.values())
     for at, (face, patch) in enumerate(zip(found, patches, strict=True)):
@@ -180,7 +180,7 @@ def _extend(one: _Open, pending: list[Frame], face: Face, patch: Patch, config: 
         one.track.add(cut)
     new = _box(face)
     for step, frame in enumerate(pending, 1):
-        one.track.add(_cut(frame, _between(one.box, new, step / len(pending)), config))
+        one.track.add(cut_region(frame, _between(one.box, new, step / len(pending)), config))
     one.track.searches += one.misses + 1
     one.track.scores.append(face.score)
     one.box, one.face, one.patch, one.misses, one.held = new, face, patch, 0, []
@@ -191,10 +191,11 @@ def _hold(alive: list[_Open], pending: list[Frame], config: CropConfig) -> None:
     for one in alive:
         if not one.misses:
             for frame in pending:
-                one.track.add(_cut(frame, one.box, config))
+                one.track.add(cut_region(frame, one.box, config))
 
 
-def _cut(frame: Frame, box: Box, config: CropConfig) -> Cut:
+def cut_region(frame: Frame, box: Box, config: CropConfig) -> Cut:
+    """What is kept of a frame: the face, with room for it to move and for the crop to turn."""
     height, width = frame.rgb_HWC.shape[:2]
     half = box.side * config.margin * _SLACK / 2
     left, top = max(0, int(box.cx - half)), max(0, int(box.cy - half))

@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from pipeline.contract import BagMeta, CropConfig, Quarantined, Reason
-from pipeline.faces import Box, Track, _cut
+from pipeline.faces import Box, Track, cut_region
 from pipeline.raw import RawClip
 from pipeline.video import RGB, Decode, Frame
 
@@ -37,11 +37,11 @@ def given_track(frames: Iterable[Frame], raw: RawClip, config: CropConfig) -> li
     track.scores.append(1.0)
     for frame in frames:
         if raw.box is not None:
-            track.add(_cut(frame, _inside(raw.box, frame.rgb_HWC), config))
+            track.add(cut_region(frame, _inside(raw.box, frame.rgb_HWC), config))
         else:
             whole = Frame(frame.index, frame.t_s, _square(frame.rgb_HWC, config.size))
             half = config.size / 2
-            track.add(_cut(whole, Box(half, half, config.size / config.margin), config))
+            track.add(cut_region(whole, Box(half, half, config.size / config.margin), config))
     return [track] if track.seen >= config.min_frames else []
 
 

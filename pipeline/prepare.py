@@ -15,7 +15,6 @@ import functools
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -36,6 +35,7 @@ from pipeline.contract import (
 from pipeline.crop import CropRecord, crop_key, crop_video
 from pipeline.dataset import bag_counts, commit, newest_version, version_body
 from pipeline.ledger import Ledger, open_ledger
+from pipeline.meter import Meter
 from pipeline.pack import Member, ShardPlan, folder_name, pack_shard
 from pipeline.quarantine import write_quarantine
 from pipeline.records import read_records, write_records
@@ -49,8 +49,6 @@ _VIDEOS_PER_TASK = 4
 """Small enough that a lost task loses little, large enough that Ray's cost per task (some 10 ms) does not show."""
 _MOST_BLOCKS = 20_000
 """Ray plans a read task a block before it starts any; above this many the tasks get larger instead."""
-_RATE_LINES = 16
-"""Rates are over the time since this many progress lines ago: half a minute."""
 _PLANS_AT_ONCE = 256
 """Shard plans in the driver's memory, some 50 kB each."""
 
@@ -110,19 +108,7 @@ def prepare(
                 _remedy(ledger),
             )
         shards, packed = _pack_all(ledger, store, before, config.pack, say, enter)
-        body = version_body(
-            labels=labels,
-            shards=shards,
-            rows=bag_counts(shards),
-            crop={**dataclasses.asdict(config.crop), "hash": config.crop.hash},
-            pack={**dataclasses.asdict(config.pack), "test_share": config.test_share},
-            videos=_video_counts(counts, stay_out.videos),
-            quarantined=ledger.reasons(),
-            quarantine=write_quarantine(store, _said_of(ledger, config.pack.where)),
-            records=write_records(store, ledger.records()),
-            **({"source": dict(source)} if source else {}),
-            **({"forgotten": sorted(stay_out.forgotten)} if stay_out.forgotten else {}),
-        )
+        body = _body(store, ledger, labels, shards, config, stay_out, source)
     number, new = commit(store, body, parent)
     say(f"version {number} {'committed' if new else 'is there already and says the same: nothing was written'}")
     return {
@@ -136,6 +122,31 @@ def prepare(
         "bags": body["counts"],
         "quarantined": body["quarantined"],
     }
+
+
+def _body(
+    store: Store,
+    ledger: Ledger,
+    labels: tuple[str, ...],
+    shards: list[dict[str, Any]],
+    config: PrepareConfig,
+    stay_out: _StayOut,
+    source: Mapping[str, str] | None,
+) -> dict[str, Any]:
+    """What the version says; the lists that it names are written."""
+    return version_body(
+        labels=labels,
+        shards=shards,
+        rows=bag_counts(shards),
+        crop={**dataclasses.asdict(config.crop), "hash": config.crop.hash},
+        pack={**dataclasses.asdict(config.pack), "test_share": config.test_share},
+        videos=_video_counts(ledger.counts(), stay_out.videos),
+        quarantined=ledger.reasons(),
+        quarantine=write_quarantine(store, _said_of(ledger, config.pack.where)),
+        records=write_records(store, ledger.records()),
+        **({"source": dict(source)} if source else {}),
+        **({"forgotten": sorted(stay_out.forgotten)} if stay_out.forgotten else {}),
+    )
 
 
 @dataclass(slots=True)
@@ -207,7 +218,7 @@ def _crop_all(ledger: Ledger, store: Store, config: CropConfig, say: Progress, e
     enter()
     tasks = -(-videos // _VIDEOS_PER_TASK)
     rows = ray.data.range(tasks, override_num_blocks=min(tasks, _MOST_BLOCKS))
-    worked, meter = 0, _Meter(known, listed)
+    worked, meter = 0, Meter(known, listed)
     for row in _ray_map(rows, crop_batch):
         ledger.record(CropRecord.from_json(row["record"]))
         worked += bool(row["worked"])
@@ -275,41 +286,6 @@ def quiet_ray_data() -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-
-
-class _Meter:
-    """The progress line: how much is done, how fast, what is left."""
-
-    def __init__(self, known: int, listed: int) -> None:
-        self.listed, self.last = listed, time.monotonic()
-        self._seen: deque[tuple[float, int, int]] = deque([(self.last, known, 0)], maxlen=_RATE_LINES)
-
-    def due(self) -> bool:
-        """Every two seconds."""
-        now = time.monotonic()
-        if now - self.last < 2:
-            return False
-        self.last = now
-        return True
-
-    def line(self, ledger: Ledger, worked: int) -> str:
-        counts, now = ledger.counts(), time.monotonic()
-        since, done, bags = self._seen[0]
-        seconds = max(now - since, 1e-3)
-        rate, clips = (counts["done"] - done) / seconds, (counts["bags"] - bags) / seconds
-        self._seen.append((now, counts["done"], counts["bags"]))
-        left = _duration((self.listed - counts["done"]) / max(rate, 1e-3))
-        return (
-            f"cropped {counts['done']}/{self.listed} videos ({worked} decoded now), {counts['bags']} bags, "
-            f"{counts['quarantined']} quarantined, {rate:.1f} videos/s, {clips:.1f} clips/s, {left} left"
-        )
-
-
-def _duration(seconds: float) -> str:
-    """`45 s`, `12 min`, `3.5 h`: as exact as a guess can be."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _plan(text: str) -> ShardPlan:

@@ -259,7 +259,6 @@ def test_a_link_that_leads_nowhere_is_a_missing_video(tmp_path: Path) -> None:
         assert caught.value.reason is Reason.MISSING
 
 
-@pytest.mark.skipif(os.getuid() == 0 and not hasattr(os, "setresuid"), reason="needs another user")
 def test_a_locked_file_is_a_quarantined_video(tmp_path: Path) -> None:
     """As another user, in a process of its own: root may read everything."""
     locked = tmp_path / "a.mp4"

@@ -18,6 +18,7 @@ from pipeline.contract import MicaclError, PackConfig, Reason, Video
 from pipeline.crop import BagStub, CropRecord
 from pipeline.ledger import Ledger, open_ledger
 from pipeline.pack import plan_shards
+from pipeline.prepare import PrepareConfig, prepare
 from pipeline.records import read_records, write_records
 from pipeline.storage import LocalStore
 from pipeline.worklist import iter_worklist, read_videos, read_worklist, write_worklist
@@ -160,3 +161,10 @@ def test_a_killed_driver_leaves_no_ledger(tmp_path: Path) -> None:
         process.kill()
     assert f"{tmp_path}/etilqs" in said
     assert [path.name for path in tmp_path.iterdir()] == []
+
+
+def test_two_spellings_of_a_label_are_no_two_classes(tmp_path: Path) -> None:
+    videos = [Video(url=f"/x/{n}.mp4", name=f"{n}.mp4", label=word) for n, word in enumerate(("Happy", "sad", "happy"))]
+    with pytest.raises(MicaclError, match="differ only in their capitals"):
+        prepare(videos, ("auto",), str(tmp_path), PrepareConfig(), lambda _: None)
+    assert list(LocalStore(str(tmp_path)).list()) == []

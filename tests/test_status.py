@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.contract import MicaclError, Video
+from pipeline.contract import CropConfig, MicaclError, Video
+from pipeline.crop import crop_video
 from pipeline.dataset import version_key
 from pipeline.forget import forget
 from pipeline.status import UNREADABLE_RECORD, dataset_status
@@ -120,3 +121,11 @@ def test_what_is_left_of_a_run_is_counted_from_storage(store: LocalStore) -> Non
     status = dataset_status(store.root)
     assert status["run"] == {"listed": 12, "done": 9, "left": 3}
     assert "9 are cropped, 3 are left" in status["says"]
+
+
+def test_when_everything_is_quarantined_it_says_so(tmp_path: Path) -> None:
+    store = LocalStore(str(tmp_path / "dataset"))
+    for name in ("a.mp4", "b.mp4"):
+        crop_video(Video(url=str(tmp_path / name), name=name), CropConfig(), store)
+    said = dataset_status(store.root)["says"]
+    assert said.startswith("No version: all 2 videos that were looked at are quarantined")
