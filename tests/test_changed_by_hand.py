@@ -72,6 +72,7 @@ def changed(body: dict[str, Any], place: tuple[Any, ...], value: Any) -> dict[st
     return copy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_version_of_another_shape_is_refused_in_words(whole: LocalStore, verb: str) -> None:
     """Every field, each wrong kind of value: an answer or a MicaclError, never another exception."""

@@ -142,6 +142,7 @@ def test_a_folder_has_one_server(store: ObjectStore) -> None:
     assert client_of(store.environment()).list_buckets()["Buckets"]
 
 
+@pytest.mark.slow
 def test_objects_survive_an_orderly_stop_and_a_kill_and_nothing_is_left(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     wanted = {f"{turn}/{i}": rng.bytes(10_000 + i) for turn in range(2) for i in range(20)}
@@ -184,6 +185,7 @@ def test_the_server_dies_with_a_parent_that_is_killed(tmp_path: Path) -> None:
         left.unlink()
 
 
+@pytest.mark.slow
 def test_a_taken_port_is_tried_around(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         free = object_store._free_port()

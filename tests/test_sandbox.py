@@ -126,6 +126,7 @@ def test_the_same_with_and_without_the_sandbox(
             assert thread_sandbox().crop(raw, name=name, video_id="v", config=config) == here
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["asl/book.mkv", "edge/corrupt_middle.mp4", "edge/hevc_10bit.mp4"])
 def test_real_clips_are_the_same_too(media: Path, name: str) -> None:
     raw, config = RawClip((media / name).read_bytes()), CropConfig()
@@ -216,6 +217,7 @@ def test_a_sleeping_child_is_killed(box: Callable[..., Sandbox], face_video: Cal
     assert run(box(), face_video()).reason is None
 
 
+@pytest.mark.slow
 def test_a_looping_child_is_killed_by_its_cpu_time(
     box: Callable[..., Sandbox], face_video: Callable[..., bytes]
 ) -> None:

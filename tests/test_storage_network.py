@@ -17,6 +17,8 @@ from pipeline.object_store import ObjectStore
 from pipeline.storage_s3 import S3Config, S3Store, _s3_client
 from tests.fault_proxy import Fault, FaultProxy, Request
 
+pytestmark = pytest.mark.slow
+
 BIG = os.urandom(3 * 2**20)
 FAST = S3Config(attempts=4, connect_s=5, read_s=10, pause_s=0.001, pause_max_s=0.01, page_keys=10)
 SHORT = dataclasses.replace(FAST, read_s=1)
