@@ -76,26 +76,75 @@ def write_shard(bags: Sequence[Bag]) -> tuple[bytes, list[Span]]:
     return bytes(out) + b"\0" * (2 * _BLOCK), spans
 
 
-def read_members(data: bytes, where: str) -> Iterator[tuple[str, bytes]]:
+def read_members(data: bytes | memoryview, where: str) -> Iterator[tuple[str, bytes]]:
     """(name, bytes) of the regular files in tar blocks. Raises MicaclError on anything but plain, capped members."""
+    for name, start, end in find_members(data, where):
+        yield name, bytes(data[start:end])
+
+
+def find_members(data: bytes | memoryview, where: str, *, trusted: bool = False) -> Iterator[tuple[str, int, int]]:
+    """(name, start, end) of the regular files in tar blocks. Raises MicaclError as `read_members`.
+
+    Args:
+        trusted: the bytes have the sha256 that was listed of them, so the headers' own sums are not made again.
+    """
     at = 0
     while at + _BLOCK <= len(data) and data[at] != 0:
-        try:
-            info = tarfile.TarInfo.frombuf(data[at : at + _BLOCK], "utf-8", "strict")
-        except (tarfile.HeaderError, UnicodeDecodeError) as error:
-            raise _damaged(where, f"no tar header at byte {at}: {error}") from error
-        start, end = at + _BLOCK, at + _BLOCK + info.size
-        # Not isreg(): that is true of sparse files and of other kinds whose bytes mean something else.
-        if info.type != tarfile.REGTYPE or not 0 <= info.size <= MAX_MEMBER_BYTES:
-            raise _damaged(where, f"member {info.name!r} is no plain file of at most {MAX_MEMBER_BYTES} bytes")
+        header = bytes(data[at : at + _BLOCK])
+        name, size = _plain_header(header, trusted=trusted) or _any_header(header, where, at)
+        start, end = at + _BLOCK, at + _BLOCK + size
         if end > len(data):
-            raise _damaged(where, f"member {info.name!r} is cut off")
-        yield info.name, data[start:end]
-        at = start + -(-info.size // _BLOCK) * _BLOCK
+            raise _damaged(where, f"member {name!r} is cut off")
+        yield name, start, end
+        at = start + -(-size // _BLOCK) * _BLOCK
     if 0 < len(data) - at < _BLOCK:
         raise _damaged(where, f"less than a header is left at byte {at}")
-    if data.count(0, at) != max(0, len(data) - at):
+    if at < len(data) and bytes(data[at:]).count(0) != len(data) - at:
         raise _damaged(where, f"something lies behind the end of the tar at byte {at}")
+
+
+def _plain_header(header: bytes, *, trusted: bool) -> tuple[str, int] | None:
+    """(name, size) of a header as `write_members` makes it; None for any other, which tarfile has to judge."""
+    if header[257:265] != b"ustar\x0000" or header[156] != ord("0") or header[345] != 0:
+        return None
+    try:
+        name, size = header[: header.index(0)].decode("ascii"), int(header[124:135], 8)
+        same = trusted or int(header[148:154], 8) == sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    except ValueError:
+        return None
+    return (name, size) if same and name and 0 <= size <= MAX_MEMBER_BYTES else None
+
+
+def _any_header(header: bytes, where: str, at: int) -> tuple[str, int]:
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+    except (tarfile.HeaderError, UnicodeDecodeError) as error:
+        raise _damaged(where, f"no tar header at byte {at}: {error}") from error
+    # Not isreg(): that is true of sparse files and of other kinds whose bytes mean something else.
+    if info.type != tarfile.REGTYPE or not 0 <= info.size <= MAX_MEMBER_BYTES:
+        raise _damaged(where, f"member {info.name!r} is no plain file of at most {MAX_MEMBER_BYTES} bytes")
+    return info.name, info.size
+
+
+@dataclass(frozen=True, slots=True)
+class BagTable:
+    """Where the frames of a bag lie in its span: what a reader that comes again needs of it."""
+
+    meta: BagMeta
+    starts: tuple[int, ...]
+    """Of the members, in tar order."""
+    ends: tuple[int, ...]
+
+
+def find_bag(data: bytes | memoryview, where: str) -> BagTable:
+    """The members of the one bag in a span whose sha256 was checked. Raises MicaclError as `read_bag`."""
+    members = list(find_members(data, where, trusted=True))
+    if not members or len(members) > MAX_FRAMES + 1 or not members[-1][0].endswith(".json"):
+        raise _damaged(where, f"holds {len(members)} members that are not the frames of one bag and its json")
+    name, start, end = members.pop()
+    meta = BagMeta.from_json(bytes(data[start:end]), where)
+    _require_frames(meta, [member[0] for member in members], name, where)
+    return BagTable(meta, tuple(member[1] for member in members), tuple(member[2] for member in members))
 
 
 def read_bag(data: bytes, where: str) -> Bag:
@@ -122,15 +171,20 @@ def read_bags(data: bytes, where: str) -> Iterator[Bag]:
 
 
 def _assemble(meta: BagMeta, frames: list[tuple[str, bytes]], json_name: str, where: str) -> Bag:
-    _check_meta(meta, where)
-    names = frame_names(meta)
-    if [name for name, _ in frames] != names:
-        raise _damaged(where, f"the frames of {meta.key!r} are not the {len(names)} members that its json lists")
-    if json_name != f"{meta.key}.json":
-        raise _damaged(where, f"the json of {meta.key!r} is named {json_name!r}")
+    _require_frames(meta, [name for name, _ in frames], json_name, where)
     rest = iter(data for _, data in frames)
     counts = [member_count(meta.codec, n) for n in meta.instance_frames]
     return Bag(meta, tuple(tuple(next(rest) for _ in range(n)) for n in counts))
+
+
+def _require_frames(meta: BagMeta, found: list[str], json_name: str, where: str) -> None:
+    """The members are the frames that the json lists, in order, and the json is named after the bag."""
+    _check_meta(meta, where)
+    names = frame_names(meta)
+    if found != names:
+        raise _damaged(where, f"the frames of {meta.key!r} are not the {len(names)} members that its json lists")
+    if json_name != f"{meta.key}.json":
+        raise _damaged(where, f"the json of {meta.key!r} is named {json_name!r}")
 
 
 def _check_meta(meta: BagMeta, where: str) -> None:
