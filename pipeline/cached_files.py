@@ -1,6 +1,6 @@
 """One file of the node's cache: written whole, checked, mapped, marked as used, deleted.
 
-    <sha256 of the object's name>    the object's bytes │ magic, length (16 bytes)
+    <sha256 of the object's name>    the object's bytes │ their length, magic (16 bytes)
 
 The trailer is written last: a file that was cut short, or whose end was never written before the machine went down,
 has none. It also makes every file longer than nothing, and only such a file can be mapped.
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pipeline import flocks
 
-_TRAILER = struct.Struct("<8sQ")
+_TRAILER = struct.Struct("<Q8s")
 _MAGIC = b"micacl\x00\x01"
 _FINISHED = re.compile(r"[0-9a-f]{64}")
 _PART = re.compile(r"[0-9a-f]{64}\.part")
@@ -73,7 +73,7 @@ def load(path: Path) -> Mapped | None:
     try:
         found = os.fstat(fd)
         size = found.st_size - _TRAILER.size
-        if size < 0 or os.pread(fd, _TRAILER.size, size) != _TRAILER.pack(_MAGIC, size):
+        if size < 0 or os.pread(fd, _TRAILER.size, size) != _TRAILER.pack(size, _MAGIC):
             return None
         # Closed by nobody: it goes with its last view.
         view = memoryview(mmap.mmap(fd, 0, access=mmap.ACCESS_READ))[:size]
@@ -92,7 +92,7 @@ def store(path: Path, fd: int, data: bytes, limit_bytes: int) -> None:
     Nobody adds a file while room is made, so the files together never have more than `limit_bytes`, or are this one.
     """
     os.ftruncate(fd, 0)  # what a dead fetcher wrote
-    for piece in (data, _TRAILER.pack(_MAGIC, len(data))):
+    for piece in (data, _TRAILER.pack(len(data), _MAGIC)):
         rest = memoryview(piece)
         while rest:
             rest = rest[os.write(fd, rest) :]

@@ -21,9 +21,9 @@ import fcntl
 import logging
 import os
 import time
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable
+from multiprocessing.util import Finalize
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -104,7 +104,8 @@ class NodeCache:
         with flocks.guard:
             if self._pid != os.getpid():
                 self._pid, self._path = os.getpid(), path
-                self._finalizer = weakref.finalize(self, _leave, private)
+                # Also at the end of a process, and of a forked worker, after those that it waits for: last.
+                self._finalizer = Finalize(self, _leave, (private,), exitpriority=-1)
                 return path
         _leave(private)  # another thread was first
         return self._path
