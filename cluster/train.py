@@ -39,7 +39,7 @@ from micacl.train.loop import fit
 from pipeline.cli import DatasetUrl
 from pipeline.contract import MicaclError, canonical_json, json_object
 from pipeline.dataset import open_dataset
-from pipeline.plan import PlanState, class_weights
+from pipeline.plan import PlanState
 from pipeline.storage import open_store
 
 CONFIG = "config.json"
@@ -222,11 +222,10 @@ def _train_rank(job: dict[str, Any]) -> None:
         metrics=metrics,
     )
     hooks: list[Hook] = [Console(say), *([metrics] if metrics else []), saver]
-    shares = class_weights(data.class_counts, config.plan) * sum(data.class_counts)
     fit(
         engine,
-        data.batches(start, rank, ranks),
-        Objective(config.loss, [float(n) for n in shares]).to(engine.device),
+        data.batches(start, rank, ranks, nodes=-(-ranks // context.get_local_world_size())),
+        Objective(config.loss, data.seen_counts).to(engine.device),
         config.train,
         start_step=start,
         steps=data.steps,

@@ -5,16 +5,17 @@ Legend: B clips, N instances, T frames per instance, C channels, H W height and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from pipeline.contract import MicaclError
-from pipeline.stream import Clip
+from pipeline.decode import Pixels
+from pipeline.loader import ClipBatch
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,26 +53,19 @@ class Batch:
     keys: tuple[str, ...]
 
 
-def collate(clips: Sequence[Clip], config: BatchConfig, *, train: bool) -> Batch:
-    """Stack clips into a float batch on the CPU. Raises MicaclError if their shapes differ."""
-    shapes = {c.frames_NTHWC.shape for c in clips}
-    if len(shapes) != 1:
-        raise MicaclError(
-            f"A batch holds clips of the shapes {sorted(shapes)}.",
-            "They cannot be stacked.",
-            "Prepare all videos of a dataset with the same --crop settings.",
-        )
-    augment = train and config.augment
-    x_BNCTHW = torch.stack([_to_input(c, config, augment=augment) for c in clips])
-    return Batch(x_BNCTHW, torch.tensor([c.label for c in clips]), tuple(c.key for c in clips))
+def collate(clips: ClipBatch, config: BatchConfig, *, train: bool) -> Batch:
+    """A float batch on the CPU, augmented in training."""
+    keys = clips.rng_keys_B2 if train and config.augment else [None] * len(clips.keys)
+    x_BNCTHW = torch.stack([_to_input(f, k, config) for f, k in zip(clips.frames_BNTHWC, keys, strict=True)])
+    return Batch(x_BNCTHW, torch.from_numpy(clips.labels_B), clips.keys)
 
 
-def _to_input(clip: Clip, config: BatchConfig, *, augment: bool) -> Tensor:
-    frames_NTHWC = torch.from_numpy(clip.frames_NTHWC)
+def _to_input(clip_NTHWC: Pixels, rng_key: NDArray[np.uint64] | None, config: BatchConfig) -> Tensor:
+    frames_NTHWC = torch.from_numpy(clip_NTHWC)
     n, t = frames_NTHWC.shape[:2]
     x_FCHW = frames_NTHWC.flatten(0, 1).permute(0, 3, 1, 2).float().div_(255)
-    if augment:
-        x_FCHW = _augment(x_FCHW, np.random.Generator(np.random.Philox(key=_augment_key(clip))), config)
+    if rng_key is not None:
+        x_FCHW = _augment(x_FCHW, np.random.Generator(np.random.Philox(key=_augment_key(rng_key))), config)
     if x_FCHW.shape[-1] != config.side or x_FCHW.shape[-2] != config.side:
         x_FCHW = functional.interpolate(
             x_FCHW, size=(config.side, config.side), mode="bilinear", antialias=True, align_corners=False
@@ -81,9 +75,9 @@ def _to_input(clip: Clip, config: BatchConfig, *, augment: bool) -> Tensor:
     return x_FCHW.reshape(n, t, *x_FCHW.shape[1:]).transpose(1, 2).contiguous()
 
 
-def _augment_key(clip: Clip) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
+def _augment_key(rng_key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Another stream of bits than the frame picks', of the same place in the plan."""
-    return np.array([clip.rng_key[0], clip.rng_key[1] ^ 0x9E3779B97F4A7C15], np.uint64)
+    return rng_key ^ np.array([0, 0x9E3779B97F4A7C15], np.uint64)
 
 
 def _augment(x_FCHW: Tensor, rng: np.random.Generator, config: BatchConfig) -> Tensor:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 
 import numpy as np
 import torch
@@ -18,8 +17,8 @@ from micacl.predictor import forward
 from micacl.train.data import require_labels
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
-from pipeline.plan import Draw, SequentialPlan
-from pipeline.stream import BagStream, label_numbers
+from pipeline.loader import EvalLoader
+from pipeline.rows import split_rows
 
 _CLIPS_PER_FORWARD = 16
 
@@ -49,17 +48,18 @@ def kept_out_fold(config: RunConfig, fold: int | None) -> int | None:
 def score_rank(bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1) -> Iterator[Scored]:
     """This rank's share of the split; the shares of all ranks are disjoint and together whole. Raises MicaclError."""
     require_labels(dataset, bundle.config)
-    rows = dataset.split(split)
-    label_numbers(rows, dataset.labels, dataset.store.root)
+    rows = split_rows(dataset, split)
+    rows.require_labelled()
     model, device = bundle.build(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    positions = SequentialPlan(rows.num_rows).rank_positions(rank, ranks)
-    draws = (Draw(int(p), (0, 0)) for p in positions if p >= 0)
-    clips = BagStream(dataset, rows, bundle.config.stream).read(draws, train=False)
-    while part := list(islice(clips, _CLIPS_PER_FORWARD)):
-        probabilities_BK, _ = forward(model, collate(part, bundle.config.batch, train=False), device)
-        for clip, p_K in zip(part, probabilities_BK, strict=True):
-            yield Scored(clip.key, clip.label, int(p_K.argmax()), tuple(float(p) for p in p_K))
+    clips = EvalLoader(
+        dataset, split, bundle.config.stream, clips_per_batch=_CLIPS_PER_FORWARD, rank=rank, ranks=ranks, rows=rows
+    )
+    for batch in clips:
+        probabilities_BK, _ = forward(model, collate(batch, bundle.config.batch, train=False), device)
+        for i in np.flatnonzero(batch.mask_B):
+            p_K = probabilities_BK[i]
+            yield Scored(batch.keys[i], int(batch.labels_B[i]), int(p_K.argmax()), tuple(float(p) for p in p_K))
 
 
 def gather_scores(scored: list[Scored], labels: tuple[str, ...], expected_clips: int) -> tuple[Scores, Confusion]:

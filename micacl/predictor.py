@@ -20,8 +20,8 @@ from micacl.bundle import Bundle
 from micacl.model.micacl import MICACL
 from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import Video
+from pipeline.loader import batch_of_bags
 from pipeline.raw import RawClip
-from pipeline.stream import Clip, decode_bag
 
 _CLIPS_PER_FORWARD = 16
 
@@ -69,15 +69,12 @@ class Predictor:
 
     def classify(self, bags: Sequence[Bag]) -> list[FacePrediction]:
         """One prediction a bag, in order."""
-        clips = [
-            Clip(decode_bag(b, self.bundle.config.stream, None), -1, b.meta.key, n, (0, 0)) for n, b in enumerate(bags)
-        ]
-        parts = [clips[i : i + _CLIPS_PER_FORWARD] for i in range(0, len(clips), _CLIPS_PER_FORWARD)]
         out: list[FacePrediction] = []
-        for part in parts:
-            batch = collate(part, self.bundle.config.batch, train=False)
+        for start in range(0, len(bags), _CLIPS_PER_FORWARD):
+            part = bags[start : start + _CLIPS_PER_FORWARD]
+            batch = collate(batch_of_bags(part, self.bundle.config.stream), self.bundle.config.batch, train=False)
             probabilities, weights = forward(self.model, batch, self.device)
-            out += [self._face(bags[c.row], p, w) for c, p, w in zip(part, probabilities, weights, strict=True)]
+            out += [self._face(bag, p, w) for bag, p, w in zip(part, probabilities, weights, strict=True)]
         return out
 
     def predict(self, data: bytes | RawClip, name: str) -> list[FacePrediction]:

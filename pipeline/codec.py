@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from typing import Protocol
 
 import av
 import cv2
@@ -32,6 +33,8 @@ MAX_STREAM_BYTES = 16 * 2**20
 MAX_SIDE = 1024
 SUFFIX = {"jpeg": "jpg", "h264": "h264"}
 """Of member names, by codec."""
+
+Buffer = bytes | memoryview
 
 _PARSE_BYTES = 2**16
 _BT601 = 6
@@ -61,21 +64,65 @@ def encode_instance(frames_HWC: Sequence[RGB], codec: str, quality: int) -> tupl
     return tuple(encode_jpeg(frame_HWC, quality) for frame_HWC in frames_HWC)
 
 
+class StoredFrames(Protocol):
+    """What decoding needs to know of a bag; BagMeta has it."""
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def codec(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def instance_frames(self) -> tuple[int, ...]: ...
+
+
+def decode_stream(member: Buffer, meta: StoredFrames, instance: int, wanted: Sequence[int]) -> list[RGB]:
+    """The `wanted` frames of an instance in H.264, which is decoded whole and counted. Raises MicaclError."""
+    found = _decode_h264(bytes(member), meta, instance, set(wanted), f"{meta.key} instance {instance:02d}")
+    return [found[i] for i in wanted]
+
+
+def decode_frame(member: Buffer, out_HWC: RGB, meta: StoredFrames, frame: int) -> None:
+    """A JPEG into its place, (size, size, 3) uint8 RGB. `frame` of the bag, for the message. Raises MicaclError.
+
+    A picture of another size than its bag's is refused by its header, before anything is decoded.
+    """
+    try:
+        if len(member) > MAX_FRAME_BYTES:
+            raise ValueError(f"{len(member)} bytes")
+        got = simplejpeg.decode_jpeg(member, colorspace="RGB", buffer=out_HWC)
+        if got.shape != out_HWC.shape:
+            raise ValueError("another size")
+    except ValueError as error:
+        raise _bad_frame(bytes(member), meta, frame) from error
+
+
+def _bad_frame(member: bytes, meta: StoredFrames, frame: int) -> MicaclError:
+    instance = int(np.searchsorted(np.cumsum(meta.instance_frames), frame, "right"))
+    where = f"{meta.key} instance {instance:02d} frame {frame - sum(meta.instance_frames[:instance]):03d}"
+    try:
+        height, width = _jpeg_size(member)
+        if (height, width) != (meta.size, meta.size):
+            return _unusable(f"{where} is {width}x{height} px, its json says {meta.size} px.")
+        simplejpeg.decode_jpeg(member, colorspace="RGB")
+    except ValueError as error:
+        return _unusable(f"{where} is not a JPEG within the caps ({error}).")
+    return _unusable(f"{where} could not be decoded.")
+
+
 def decode_instance(members: Sequence[bytes], meta: BagMeta, instance: int, wanted: Sequence[int]) -> list[RGB]:
     """The `wanted` frames of one instance in that order, (size, size, 3) uint8 RGB each. Raises MicaclError.
 
     JPEGs that are not wanted are not touched; an H.264 stream is decoded whole and its frames are counted.
     """
-    where = f"{meta.key} instance {instance:02d}"
     if meta.codec == "h264":
-        found = _decode_h264(members[0], meta, instance, set(wanted), where)
-        return [found[i] for i in wanted]
-    frames = [decode_jpeg(members[i], f"{where} frame {i:03d}") for i in wanted]
-    for i, frame_HWC in zip(wanted, frames, strict=True):
-        if frame_HWC.shape[:2] != (meta.size, meta.size):
-            height, width = frame_HWC.shape[:2]
-            raise _unusable(f"{where} frame {i:03d} is {width}x{height} px, its json says {meta.size} px.")
-    return frames
+        return decode_stream(members[0], meta, instance, wanted)
+    first = sum(meta.instance_frames[:instance])
+    out_THWC = np.empty((len(wanted), meta.size, meta.size, 3), np.uint8)
+    for out_HWC, i in zip(out_THWC, wanted, strict=True):
+        decode_frame(members[i], out_HWC, meta, first + i)
+    return list(out_THWC)
 
 
 def find_fault(members: Sequence[bytes], meta: BagMeta, instance: int) -> str:
@@ -158,7 +205,7 @@ def _x264(width: int, height: int) -> av.VideoCodecContext:
     return context
 
 
-def _decode_h264(data: bytes, meta: BagMeta, instance: int, wanted: set[int], where: str) -> dict[int, RGB]:
+def _decode_h264(data: bytes, meta: StoredFrames, instance: int, wanted: set[int], where: str) -> dict[int, RGB]:
     """The wanted frames by number. Everything is decoded and counted, whatever is wanted. Raises MicaclError."""
     frames, side = meta.instance_frames[instance], meta.size + meta.size % 2
     found: dict[int, RGB] = {}

@@ -289,7 +289,7 @@ class BagMeta:
             raise foreign(f"json in {where}", error) from error
 
 
-def digest(data: bytes) -> str:
+def digest(data: bytes | memoryview) -> str:
     """sha256 in hex; the only hash of the house."""
     return hashlib.sha256(data).hexdigest()
 

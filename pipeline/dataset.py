@@ -16,7 +16,8 @@ import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -36,6 +37,10 @@ from pipeline.contract import (
 from pipeline.parquet import read_parquet
 from pipeline.shapes import VERSION, require_shape
 from pipeline.storage import Store, open_store
+
+if TYPE_CHECKING:
+    from pipeline.loader import EvalLoader, Loader
+    from pipeline.policies import PlanConfig
 
 OF_COMMIT = ("version", "parent", "sha256")
 """Fields of a version file that `commit` adds to the body."""
@@ -74,7 +79,7 @@ NULLS = ("subject", "fold", "scene", "yaw")
 """Columns of the index that may hold nulls."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """One version of a shard set, opened for reading."""
 
@@ -83,10 +88,45 @@ class Dataset:
     body: Mapping[str, Any]
     """The version file: see docs/shard-format.md."""
     sha256: str
-    index: pa.Table
-    """INDEX_SCHEMA, ordered by shard then offset: the row number is the bag's number everywhere."""
+    loaded: pa.Table | None = None
+    """The index, if it was read already."""
     fold: int | None = None
     """The fold that is seen as `test`, if one was chosen."""
+    where: str = ""
+    """The bags that were chosen; all by default."""
+
+    @cached_property
+    def index(self) -> pa.Table:
+        """INDEX_SCHEMA, ordered by shard then offset: the row number is the bag's number everywhere.
+
+        Reads every index file, if that was not done already. Raises MicaclError.
+        """
+        if self.loaded is not None:
+            return self.loaded
+        with ThreadPoolExecutor(8) as pool:
+            tables = list(pool.map(self.shard_index, self.body["shards"]))
+        index = (pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()).combine_chunks()
+        if self.fold is not None:
+            index = _fold_as_split(index, self.fold)
+        if self.where:
+            from pipeline.where import parse_where  # it knows the index's columns from here
+
+            index = index.filter(pa.array(parse_where(self.where).mask(index)))
+        return index
+
+    def shard_index(self, shard: Mapping[str, Any]) -> pa.Table:
+        """The index file of one entry of body["shards"], hash-checked. Raises MicaclError."""
+        rows = read_index(get_checked(self.store, shard["index"]["path"], shard["index"]["sha256"]))
+        offsets, sizes = rows["offset"].to_numpy(), rows["size"].to_numpy()
+        if ((offsets < 0) | (sizes < 1) | (sizes > shard["bytes"] - offsets)).any():
+            raise foreign(f"an index file ({shard['index']['path']})", ValueError("a bag lies outside its shard"))
+        return rows
+
+    @property
+    def identity(self) -> str:
+        """What the rows are of: the version's sha256, and what was chosen of it."""
+        chosen = [*([f"fold {self.fold}"] if self.fold is not None else []), *([self.where] if self.where else [])]
+        return ", ".join([self.sha256, *chosen])
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -95,19 +135,35 @@ class Dataset:
     def split(self, name: str) -> pa.Table:
         """The rows of one split. Raises MicaclError if there are none."""
         rows = self.index.filter(pa.compute.equal(self.index["split"], name))
-        if not rows.num_rows and FOLDS in pc.unique(self.index["split"]).to_pylist():
-            raise MicaclError(
+        if not rows.num_rows:
+            raise self.no_split(name, pc.unique(self.index["split"]).to_pylist())
+        return rows
+
+    def loader(self, split: str = "train", plan: PlanConfig | None = None, **rest: Any) -> Loader:
+        """One rank's batches of a split by a plan: pipeline.loader.Loader says what else it takes."""
+        from pipeline.loader import Loader  # it knows the dataset from here
+
+        return Loader(self, split, plan, **rest)
+
+    def eval_loader(self, split: str = "test", **rest: Any) -> EvalLoader:
+        """Every bag of a split once: pipeline.loader.EvalLoader says what it takes."""
+        from pipeline.loader import EvalLoader
+
+        return EvalLoader(self, split, **rest)
+
+    def no_split(self, name: str, there: Sequence[str]) -> MicaclError:
+        """Why a split cannot be read; `there` are the splits that have bags."""
+        if FOLDS in there:
+            return MicaclError(
                 f"{self.store.root} version {self.number} is in folds.",
                 f"Without a fold it has no split {name!r}.",
                 "Choose the test fold (1, 2, ...): `micacl train` with --train.fold, `micacl evaluate` with --fold.",
             )
-        if not rows.num_rows:
-            raise MicaclError(
-                f"{self.store.root} version {self.number} has no bag in split {name!r}.",
-                "There is nothing to read.",
-                f"Choose one of {', '.join(sorted(self.body['counts']))} with --split.",
-            )
-        return rows
+        return MicaclError(
+            f"{self.store.root} version {self.number} has no bag in split {name!r}.",
+            "There is nothing to read.",
+            f"Choose one of {', '.join(sorted(self.body['counts']))} with --split.",
+        )
 
 
 def version_key(number: int) -> str:
@@ -139,7 +195,7 @@ def read_version(store: Store, number: int | None = None) -> tuple[int, dict[str
 
 
 def open_dataset(url: str, version: int | None = None, fold: int | None = None, where: str = "") -> Dataset:
-    """Open a dataset for reading. Index files are hash-checked. Raises MicaclError.
+    """Open a dataset for reading. Index files are read, hash-checked, when they are asked for. Raises MicaclError.
 
     Args:
         fold: for datasets in folds (DFEW, MAFW): bags of this fold are seen as split `test`, all others as `train`.
@@ -147,32 +203,19 @@ def open_dataset(url: str, version: int | None = None, fold: int | None = None, 
     """
     store = open_store(url)
     number, body, sha256 = read_version(store, version)
-
-    def load(shard: Mapping[str, Any]) -> pa.Table:
-        rows = read_index(get_checked(store, shard["index"]["path"], shard["index"]["sha256"]))
-        offsets, sizes = rows["offset"].to_numpy(), rows["size"].to_numpy()
-        if ((offsets < 0) | (sizes < 1) | (sizes > shard["bytes"] - offsets)).any():
-            raise foreign(f"an index file ({shard['index']['path']})", ValueError("a bag lies outside its shard"))
-        return rows
-
-    with ThreadPoolExecutor(8) as pool:
-        tables = list(pool.map(load, body["shards"]))
-    index = pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()
-    index = index.combine_chunks()
     if fold is not None:
-        index = _fold_as_split(index, fold, store.root)
-    if where:
-        from pipeline.where import parse_where  # it knows the index's columns from here
-
-        index = index.filter(pa.array(parse_where(where).mask(index)))
-    return Dataset(store, number, body, sha256, index, fold)
+        _require_fold(body, fold, store.root)
+    return Dataset(store, number, body, sha256, fold=fold, where=where)
 
 
-def _fold_as_split(index: pa.Table, fold: int, where: str) -> pa.Table:
-    known = sorted(n for n in pc.unique(index["fold"]).to_pylist() if n is not None)
+def _require_fold(body: Mapping[str, Any], fold: int, where: str) -> None:
+    known = sorted({shard["fold"] for shard in body["shards"] if shard.get("fold") is not None})
     if fold not in known:
         has = f"the folds {', '.join(map(str, known))}" if known else "no folds"
         raise MicaclError(f"{where} has no fold {fold}.", "Nothing was read.", f"It has {has}: correct --fold.")
+
+
+def _fold_as_split(index: pa.Table, fold: int) -> pa.Table:
     is_test = pc.fill_null(pc.equal(index["fold"], fold), False)
     seen = pc.if_else(is_test, "test", pc.if_else(pc.is_valid(index["fold"]), "train", index["split"]))
     return index.set_column(index.schema.get_field_index("split"), "split", seen)

@@ -1,27 +1,23 @@
 """Which clip comes when: the class-balanced plan of an epoch, a pure function of the index.
 
-    plan = EpochPlan(labels=labels, shards=shards, classes=7, config=PlanConfig(policy="uniform"), epoch=3)
+    plan = EpochPlan(index, PlanConfig(policy="uniform"), epoch=3)
     plan[position] -> Draw(row, rng_key)
 
 One sequence of positions is the whole epoch. Ranks and loader workers take stripes of it, and resuming drops a prefix
 of it, so the clips seen by step s are the same at any number of ranks. The row at a position is decided in three steps,
-each a function of (labels, shards, config, epoch) and of nothing that happened before:
+each a function of (index, config, epoch) and of nothing that happened before:
 
-* *how many of each class are in batch s*: floor or ceil of the quota, and after s batches less than one clip away from
-  s * quota (`pipeline.quotas`).
+* *how many of each class are in batch s*: floor or ceil of the quota, exact over the epoch (`pipeline.quotas`).
 * *in which order*: the classes of a batch are shuffled by a key of (seed, epoch, step): a stripe sees no pattern.
-* *which clip of the class*: without replacement, cycle after cycle, shards first, so that a reader has few shards of a
-  class open at a time (`_ClassOrder`).
+* *which clip of the class*: without replacement, cycle after cycle, some shards at a time (`pipeline.class_order`).
 
-Only the raw bits of Philox, keyed by SeedSequence, are used. numpy promises those to be the same in every release; it
-does not promise that of `Generator.permutation`. docs/sampling.md has the invariants and their proofs.
+docs/sampling.md has the invariants, their proofs and pictures.
 
 Legend: C classes, G clips per global batch, N rows.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -30,43 +26,18 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.contract import MicaclError, canonical_json
-from pipeline.quotas import POLICIES, UNIT, Quotas, quota_units
+from pipeline.class_order import ClassOrder, Cycles, GroupedOrder, Order, random_words, shuffled
+from pipeline.contract import MicaclError, canonical_json, digest
+from pipeline.policies import POLICIES, PlanConfig, class_weights, refuse, shares
+from pipeline.quotas import BatchCounts, totals_of
+from pipeline.runs import ClassRows, Ints, Runs
 
-Ints = npt.NDArray[np.int64]
-Column = npt.NDArray[np.integer[Any]]
+__all__ = ["POLICIES", "Draw", "EpochPlan", "PlanConfig", "PlanIndex", "PlanState", "SequentialPlan", "class_weights"]
 
-PLAN_ALGORITHM = 1
+PLAN_ALGORITHM = 2
 """Part of every plan hash. Raised when the same input would give another sequence."""
 
-_MASTER, _CYCLE, _MIX, _DRAW = range(4)  # the first word of each key: no two uses share their bits
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PlanConfig:
-    """What decides the order of an epoch, besides the index."""
-
-    policy: str = "uniform"
-    """Share of each class: `natural`, `sqrt`, `effective` (number of samples) or `uniform`."""
-    beta: float = 0.999
-    """Of the effective number, 0 <= beta < 1; 0 is natural and near 1 is uniform. Other policies do not read it."""
-    global_batch: int = 16
-    """Clips per step over all ranks."""
-    steps_per_epoch: int | None = None
-    """None: ceil(rows / global_batch)."""
-    shard_window: int = 4
-    """Shards of a class whose clips are mixed with each other; a reader keeps at most two windows per class."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.policy not in POLICIES:
-            _refuse(f"--plan.policy is {self.policy!r}.", f"Use one of {', '.join(POLICIES)}.")
-        if not 0 <= self.beta < 1:
-            _refuse(f"--plan.beta is {self.beta}.", "Use 0 <= beta < 1, such as 0.999.")
-        for name, least in {"global_batch": 1, "steps_per_epoch": 1, "shard_window": 1, "seed": 0}.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                _refuse(f"--plan.{name.replace('_', '-')} is {value}.", f"Use {least} or more.")
+_MIX, _DRAW = 16, 17  # the first word of each key; pipeline.class_order has 0 to 3
 
 
 class Draw(NamedTuple):
@@ -76,47 +47,70 @@ class Draw(NamedTuple):
     """Of the index."""
     rng_key: tuple[int, int]
     """Key for np.random.Philox(key=...), of (seed, epoch, position) alone: the clip's augmentation is fixed by it."""
+    position: int = -1
+    """In the epoch."""
 
 
-def class_weights(counts: npt.ArrayLike, config: PlanConfig) -> npt.NDArray[np.float64]:
-    """Share of each class in the draws, shape (C,), summing to 1; times `global_batch` it is the quota per batch.
+class PlanIndex:
+    """What all plans of a dataset version share: its rows as runs, by class. Memory: some 50 bytes a run."""
 
-    natural: n; sqrt: sqrt(n); uniform: 1; effective: n / E(n) with E(n) = (1 - beta^n) / (1 - beta), that is, each clip
-    is drawn in proportion to the weight of Cui et al., Class-Balanced Loss Based on Effective Number of Samples
-    (CVPR 2019). Shares are rounded so that quotas are whole multiples of 2^-20 clip per batch, at least one each.
-    `counts` are rows per class. Raises MicaclError for a class without rows.
-    """
-    return _units(counts, config) / (UNIT * config.global_batch)
+    def __init__(
+        self, runs: Runs, classes: int, *, groups: npt.ArrayLike | None = None, version: str = "", name: str = ""
+    ) -> None:
+        """`classes`: size of the label set. `groups`: number of the subject or scene of each row, shape (N,).
+
+        `version`: what the rows were taken from, kept in the state and not in the hash. Raises MicaclError for an
+        empty split and for labels outside the label set, ValueError for rows that do not fit together.
+        """
+        self.runs, self.classes, self.version = runs, classes, version
+        self.groups_N = None if groups is None else np.asarray(groups)
+        if self.groups_N is not None and self.groups_N.shape != (runs.rows,):
+            raise ValueError(f"groups have shape {self.groups_N.shape}, expected ({runs.rows},)")
+        if not runs.rows:
+            refuse(f"The split {name}has no clips.", "Choose a split with clips, or prepare the dataset again.")
+        try:
+            self.counts = tuple(runs.class_counts(classes).tolist())
+        except ValueError as error:
+            refuse(f"Label {error} is outside the {classes} classes.", "Use the label set of the dataset.")
+        self._of_class: dict[int, ClassRows] = {}
+
+    @classmethod
+    def of_columns(cls, labels: npt.ArrayLike, shards: npt.ArrayLike, classes: int, **rest: Any) -> PlanIndex:
+        """From the class index and shard index of each row, shape (N,), in the order of the index."""
+        return cls(Runs.of_columns(labels, shards), classes, **rest)
+
+    def of_class(self, label: int) -> ClassRows:
+        if label not in self._of_class:
+            self._of_class[label] = self.runs.of_class(label)
+        return self._of_class[label]
+
+    @cached_property
+    def hash(self) -> str:
+        """sha256 over all that a plan reads."""
+        groups = "" if self.groups_N is None else digest(np.ascontiguousarray(self.groups_N, "<i8").tobytes())
+        return digest(canonical_json([self.classes, self.runs.hash, groups]).encode())
 
 
 class EpochPlan:
     """The sequence of one epoch: `steps` global batches of `config.global_batch` clips.
 
-    Memory: about 24 bytes a row of the classes that have been asked for, and 4 bytes a step and class.
+    Cheap to make: what a class draws is worked out shard window by shard window as it is asked for.
     """
 
-    def __init__(
-        self,
-        *,
-        labels: npt.ArrayLike,
-        shards: npt.ArrayLike,
-        classes: int,
-        config: PlanConfig,
-        epoch: int,
-        version: str = "",
-    ) -> None:
-        """`labels` and `shards`: class index and shard index of each row, shape (N,), in the order of the index.
-
-        `classes`: size of the label set. `version`: the dataset version, kept in the state and not in the hash.
-        Raises MicaclError for rows that do not fit together and for a class without rows.
-        """
-        self.labels, self.shards = _whole_numbers(labels, "labels"), _whole_numbers(shards, "shards")
-        self.classes, self.config, self.epoch, self.version = classes, config, epoch, version
-        _require_rows(self.labels, self.shards, classes, epoch)
-        self.steps: int = config.steps_per_epoch or -(-len(self.labels) // config.global_batch)
-        self._quotas = Quotas(_units(np.bincount(self.labels, minlength=classes), config), self.steps)
-        self._orders: dict[int, _ClassOrder] = {}
+    def __init__(self, index: PlanIndex, config: PlanConfig, epoch: int) -> None:
+        """Raises MicaclError for a class without rows, and for a config that does not fit the index."""
+        if epoch < 0:
+            raise ValueError(f"epoch is {epoch}, which must be 0 or more")
+        if config.second and index.groups_N is None:
+            raise ValueError(f"plan.second is {config.second!r}, and the index has no groups")
+        self.index, self.config, self.epoch = index, config, epoch
+        self.steps: int = config.steps_per_epoch or -(-index.runs.rows // config.global_batch)
+        totals = totals_of(index.counts, config, self.steps)
+        self.draws_C, self._before_C = totals.of(epoch), totals.before(epoch)
+        self._counts = BatchCounts(self.draws_C, self.steps)
+        self._orders: dict[int, Order] = {}
         self._last: tuple[int, Ints] = (-1, np.empty(0, np.int64))
+        self._key = int(random_words(1, config.seed, _DRAW, epoch)[0])
 
     def __len__(self) -> int:
         """Positions: steps * global_batch."""
@@ -130,8 +124,7 @@ class EpochPlan:
         last = self._last  # read once: reader threads share a plan
         if last[0] != step:
             self._last = last = (step, self.batch(step))
-        low, high = _bits(2, self.config.seed, _DRAW, self.epoch, position).tolist()
-        return Draw(int(last[1][place]), (low, high))
+        return Draw(int(last[1][place]), (self._key, position), position)
 
     def __iter__(self) -> Iterator[Draw]:
         """Every Draw in order."""
@@ -140,13 +133,17 @@ class EpochPlan:
     def batch(self, step: int) -> Ints:
         """Rows of one global batch in the order of its positions, shape (G,). Raises IndexError outside the epoch."""
         self._require_step(step)
-        before_C, after_C = self._quotas.before(step), self._quotas.before(step + 1)
-        class_G = np.repeat(np.arange(self.classes), after_C - before_C)
-        class_G = class_G[np.argsort(_bits(len(class_G), self.config.seed, _MIX, self.epoch, step), kind="stable")]
+        before_C, after_C = self._counts.before(step), self._counts.before(step + 1)
+        class_G = np.repeat(np.arange(self.index.classes), after_C - before_C)
+        class_G = class_G[shuffled(len(class_G), self.config.seed, _MIX, self.epoch, step)]
         row_G = np.empty(len(class_G), np.int64)
-        for label in np.unique(class_G).tolist():
-            row_G[class_G == label] = self._order(label).draws(int(before_C[label]), int(after_C[label]))
+        for label in np.flatnonzero(after_C - before_C).tolist():
+            row_G[class_G == label] = self._order(label).rows(int(before_C[label]), int(after_C[label]))
         return row_G
+
+    def draws(self, step: int, rank: int = 0, ranks: int = 1) -> list[Draw]:
+        """The clips of one rank in one step."""
+        return [self[position] for position in self.rank_positions(step, rank, ranks).tolist()]
 
     def rank_positions(self, step: int, rank: int, ranks: int) -> Ints:
         """Positions of one rank in one step: those with position % ranks == rank, shape (global_batch / ranks,).
@@ -164,73 +161,56 @@ class EpochPlan:
             )
         return np.arange(step * clips + rank, (step + 1) * clips, ranks, dtype=np.int64)
 
+    @property
+    def quota_C(self) -> npt.NDArray[np.float64]:
+        """Clips of each class per global batch, shape (C,): the batches have floor or ceil of it."""
+        return np.asarray(self.draws_C / self.steps, np.float64)
+
+    @property
+    def open_shards_C(self) -> Ints:
+        """Most shards of each class that the next clips can come from, shape (C,): one window, or two between cycles.
+
+        With a second key the turns go across all shards of the class.
+        """
+        of_class = np.array([len(self.index.of_class(label).sizes_S) for label in range(self.index.classes)])
+        return of_class if self.config.second else np.minimum(of_class, 2 * self.config.shard_window)
+
     @cached_property
     def hash(self) -> str:
-        """sha256 over the labels, shards, classes, config, steps and quotas, in hex. The epoch is not part of it."""
-        head = [PLAN_ALGORITHM, asdict(self.config), self.classes, self.steps, self._quotas.units_C.tolist()]
-        out = hashlib.sha256(canonical_json(head).encode())
-        for column in (self.labels, self.shards):
-            out.update(np.ascontiguousarray(column, "<i8").data)
-        return out.hexdigest()
+        """sha256 over the index, config, steps and shares, in hex. The epoch is not part of it."""
+        return plan_hash(self.index, self.config, self.steps)
 
     def state(self, step: int) -> PlanState:
         """What a checkpoint keeps after `step` steps of this epoch."""
-        return PlanState(self.version, self.hash, self.epoch, step)
+        return PlanState(self.index.version, self.hash, self.epoch, step, self.config.global_batch)
 
-    def _order(self, label: int) -> _ClassOrder:
+    def _order(self, label: int) -> Order:
         if label not in self._orders:
-            self._orders[label] = _ClassOrder(self, label, int(self._quotas.before(self.steps)[label]))
+            self._orders[label] = self._make_order(label)
         return self._orders[label]
+
+    def _make_order(self, label: int) -> Order:
+        def cycles_of(sizes_S: Ints, before: int, draws: int, key: tuple[int, ...]) -> Cycles:
+            window, seed = self.config.shard_window, self.config.seed
+            where = (label, *key)
+            return Cycles(sizes_S, before=before, draws=draws, window=window, seed=seed, key=where, epoch=self.epoch)
+
+        members, past = self.index.of_class(label), (int(self._before_C[label]), int(self.draws_C[label]))
+        if not self.config.second or self.index.groups_N is None:
+            return ClassOrder(members, cycles_of, *past)
+        rows_N = members.rows(np.arange(len(members)))
+        return GroupedOrder(rows_N, self.index.groups_N[rows_N], cycles_of, *past)
 
     def _require_step(self, step: int) -> None:
         if not 0 <= step < self.steps:
             raise IndexError(f"Step {step} is outside this epoch of {self.steps} steps.")
 
 
-class _ClassOrder:
-    """The draws of one class in one epoch: whole cycles over its rows, then a part of one.
-
-    Each whole cycle has a fresh order. The rows of the last, partial cycle are the next ones of a master order that is
-    the same in every epoch, so epoch after epoch goes through the class evenly; their order is fresh again.
-    """
-
-    def __init__(self, plan: EpochPlan, label: int, draws: int) -> None:
-        self.config, self.epoch, self.label = plan.config, plan.epoch, label
-        self.rows = np.flatnonzero(plan.labels == label)
-        self.shards: Ints = np.unique(plan.shards[self.rows], return_inverse=True)[1]
-        self.whole_cycles, self.rest = divmod(draws, len(self.rows))
-        self._last: tuple[int, Ints] = (-1, self.rows)
-
-    def draws(self, start: int, stop: int) -> Ints:
-        """Rows of the draws start..stop of this class in this epoch."""
-        parts = []
-        while start < stop:
-            cycle, offset = divmod(start, len(self.rows))
-            part = self._cycle(cycle)[offset : offset + stop - start]
-            parts.append(part)
-            start += len(part)
-        return np.concatenate(parts)
-
-    def _cycle(self, cycle: int) -> Ints:
-        last = self._last
-        if last[0] != cycle:
-            members = np.arange(len(self.rows)) if cycle < self.whole_cycles else self._next_of_master()
-            self._last = last = (cycle, self.rows[self._mixed(members, _CYCLE, self.epoch, self.label, cycle)])
-        return last[1]
-
-    def _next_of_master(self) -> Ints:
-        master = self._mixed(np.arange(len(self.rows)), _MASTER, self.label)
-        return master[(self.epoch * self.rest % len(master) + np.arange(self.rest)) % len(master)]
-
-    def _mixed(self, members: Ints, *key: int) -> Ints:
-        """`members` in an order that permutes shards, cuts them into windows and permutes inside each window."""
-        shard = self.shards[members]
-        present = np.flatnonzero(np.bincount(shard))
-        bits = _bits(len(present) + len(members), self.config.seed, *key)
-        rank = np.empty(present[-1] + 1, np.uint64)
-        rank[present[np.argsort(bits[: len(present)], kind="stable")]] = np.arange(len(present))
-        window = rank[shard] // np.uint64(self.config.shard_window)
-        return members[np.argsort(window << np.uint64(40) | bits[len(present) :] >> np.uint64(24), kind="stable")]
+def plan_hash(index: PlanIndex, config: PlanConfig, steps: int) -> str:
+    """sha256 over all that decides the order of every epoch, in hex."""
+    ends = [0, config.then_from + config.then_over] if config.then else [0]
+    units = [shares(index.counts, config, epoch).tolist() for epoch in ends]
+    return digest(canonical_json([PLAN_ALGORITHM, asdict(config), steps, units, index.hash]).encode())
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,12 +218,13 @@ class PlanState:
     """How far a run is: everything else follows from the dataset version and the config. The same at any rank count."""
 
     version: str
-    """Dataset version."""
+    """Dataset version, and what was chosen of it."""
     plan: str
     """EpochPlan.hash."""
     epoch: int
     step: int
     """Steps of this epoch that are done; the next is plan.batch(step)."""
+    global_batch: int
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -251,18 +232,24 @@ class PlanState:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> PlanState:
         """Raises MicaclError for anything but what `to_dict` gives."""
-        types = {"version": str, "plan": str, "epoch": int, "step": int}
-        if {name: type(part) for name, part in value.items()} != types or min(value["epoch"], value["step"]) < 0:
-            _refuse_state(f"The sampling state {dict(value)!r} does not have the parts {', '.join(types)}.")
+        types = {"version": str, "plan": str, "epoch": int, "step": int, "global_batch": int}
+        if not isinstance(value, Mapping) or {name: type(part) for name, part in value.items()} != types:
+            _refuse_state(f"The sampling state {value!r} does not have the parts {', '.join(types)}.")
+        if min(value["epoch"], value["step"]) < 0:
+            _refuse_state(f"The sampling state {dict(value)!r} is before the first step.")
         return cls(**value)
 
 
 def require_same_plan(state: PlanState, plan: EpochPlan) -> None:
-    """Refuse to resume `state` with another dataset version or another plan. Raises MicaclError.
+    """Refuse to resume `state` with another dataset version, global batch or plan. Raises MicaclError.
 
     The epoch is not compared, because any epoch of the plan has the same hash: build the plan with `state.epoch`.
     """
-    for what, saved, now in (("dataset version", state.version, plan.version), ("plan", state.plan, plan.hash)):
+    for what, saved, now in (
+        ("dataset version", state.version, plan.index.version),
+        ("global batch", state.global_batch, plan.config.global_batch),
+        ("plan", state.plan, plan.hash),
+    ):
         if saved != now:
             _refuse_state(f"It was made with {what} {saved or '(none)'} and this run has {now or '(none)'}.")
     if state.step > plan.steps:
@@ -289,33 +276,6 @@ class SequentialPlan:
         return np.where(position < self.rows, position, -1)
 
 
-def _units(counts: npt.ArrayLike, config: PlanConfig) -> Ints:
-    counts_C = np.asarray(counts, np.int64)
-    return quota_units(counts_C, policy=config.policy, beta=config.beta, global_batch=config.global_batch)
-
-
-def _bits(count: int, seed: int, *key: int) -> npt.NDArray[np.uint64]:
-    """`count` random 64-bit words that are a function of the key."""
-    return np.random.Philox(np.random.SeedSequence(seed, spawn_key=key)).random_raw(count)
-
-
-def _whole_numbers(values: npt.ArrayLike, what: str) -> Column:
-    array = np.asarray(values)
-    if array.ndim != 1 or (len(array) and array.dtype.kind not in "iu"):
-        raise ValueError(f"{what} have shape {array.shape} and type {array.dtype}, expected whole numbers (rows,)")
-    return array
-
-
-def _require_rows(labels: Column, shards: Column, classes: int, epoch: int) -> None:
-    if len(labels) != len(shards) or epoch < 0:
-        raise ValueError(f"{len(labels)} labels, {len(shards)} shards, epoch {epoch}: lengths must agree, epoch >= 0")
-    if not len(labels):
-        _refuse("The split has no clips.", "Choose a split with clips, or prepare the dataset again.")
-    if labels.min() < 0 or labels.max() >= classes:
-        wrong = int(labels.max() if labels.max() >= classes else labels.min())
-        _refuse(f"Label {wrong} is outside the label set of {classes} classes.", "Use the label set of the dataset.")
-
-
 def _require_rank(rank: int, ranks: int) -> None:
     if not 0 <= rank < ranks:
         raise ValueError(f"rank {rank} of {ranks} ranks: expected 0 <= rank < ranks")
@@ -327,7 +287,3 @@ def _refuse_state(cause: str) -> None:
         "Clips would be left out or seen twice, so the run was not resumed.",
         "Give the dataset version, seed, policy, global batch and steps of the checkpoint, or start a new run.",
     )
-
-
-def _refuse(cause: str, remedy: str) -> None:
-    raise MicaclError(cause, "No epoch can be planned.", remedy)

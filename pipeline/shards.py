@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -130,10 +131,12 @@ def _any_header(header: bytes, where: str, at: int) -> tuple[str, int]:
 class BagTable:
     """Where the frames of a bag lie in its span: what a reader that comes again needs of it."""
 
-    meta: BagMeta
-    starts: tuple[int, ...]
-    """Of the members, in tar order."""
-    ends: tuple[int, ...]
+    key: str
+    codec: str
+    size: int
+    instance_frames: tuple[int, ...]
+    spans: array[int]
+    """Start and end of each member, in tar order."""
 
 
 def find_bag(data: bytes | memoryview, where: str) -> BagTable:
@@ -144,7 +147,8 @@ def find_bag(data: bytes | memoryview, where: str) -> BagTable:
     name, start, end = members.pop()
     meta = BagMeta.from_json(bytes(data[start:end]), where)
     _require_frames(meta, [member[0] for member in members], name, where)
-    return BagTable(meta, tuple(member[1] for member in members), tuple(member[2] for member in members))
+    spans = array("I", [edge for member in members for edge in member[1:]])
+    return BagTable(meta.key, meta.codec, meta.size, meta.instance_frames, spans)
 
 
 def read_bag(data: bytes, where: str) -> Bag:

@@ -149,6 +149,10 @@ class LocalStore(Store):
             file.seek(offset)
             return file.read(size)
 
+    def open_file(self, key: str) -> int:
+        """A descriptor to read from, which the caller closes. Raises FileNotFoundError."""
+        return os.open(self._path(key), os.O_RDONLY | os.O_CLOEXEC)
+
     def _temporary(self, path: Path, data: bytes) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{_TEMPORARY}{secrets.token_hex(8)}")

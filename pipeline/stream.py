@@ -1,68 +1,52 @@
-"""A plan -> decoded bags: shard cache, look-ahead, hash check, decode of the frames that are used.
+"""A plan -> decoded bags: look-ahead, hash check, decode of the frames that are used, in the order of the plan.
 
-    draws (row, rng key) ──look-ahead threads──> span of the shard ──sha256──> frames picked ──decode──> Clip
+    draws ──ask──> bytes on their way ──view──> sha256 (first read) ──> frames picked ──decode──> a place in the batch
+            prefetch (I/O threads, pipeline/spans.py)                   lookahead (decode threads)
 
-Training, evaluation and prediction over shards all read through here. Whole shards are fetched once and kept in a
-cache bounded in bytes: the plan keeps the working set of a class to a few shards. Threads do the work where the GIL
-is released (network, hashing, decoding); clips come out in plan order whatever thread was first. Nothing is shared
-between processes, so nothing is left over when one dies.
+Training, evaluation and prediction over shards all read through here. Two distances ahead of the clip that is used:
+`prefetch` clips have their bytes asked for, so that a slow store is not waited for, and `lookahead` clips are decoded.
+Threads do the work where the GIL is released (network, hashing, decoding); batches come out in plan order whatever
+thread was first, and a batch is decoded where it will lie: nothing is copied together afterwards.
+
+Legend: B clips of a batch, N instances, T frames per instance, H W height and width.
 """
 
 from __future__ import annotations
 
 import threading
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
 
 import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from pipeline.bags import Bag
-from pipeline.codec import decode_instance
-from pipeline.contract import MicaclError, digest, require_label
+from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
-from pipeline.plan import Draw
-from pipeline.samplers import SAMPLERS
-from pipeline.shards import read_bag
-from pipeline.storage import Store
-from pipeline.video import RGB
+from pipeline.decode import Pixels, StreamConfig, decode_bag, decode_frames
+from pipeline.node_cache import NodeCache
+from pipeline.plan import Draw, EpochPlan
+from pipeline.reads import open_bytes_in_order, open_bytes_of_plan, whole_shards
+from pipeline.rows import SplitRows, table_rows
+from pipeline.shards import BagTable, find_bag, read_bag
+from pipeline.spans import Checked, LocalSpans, RemoteSpans, Spans, require_sha256
+from pipeline.storage import LocalStore
 
+__all__ = ["BagStream", "Clip", "Decoded", "StreamConfig", "decode_bag"]
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StreamConfig:
-    """How clips are read."""
-
-    frames: int = 4
-    """Frames per instance that a step uses."""
-    sampler: str = "segments"
-    """Which of the stored frames: `segments` (evenly in each instance) or `m3dfel` (pipeline/samplers.py)."""
-    lookahead: int = 32
-    """Clips in flight ahead of the one that is used, per rank."""
-    threads: int = 2
-    """Per rank."""
-    cache_mb: int = 512
-    """Shards kept in memory, per rank."""
-
-    def __post_init__(self) -> None:
-        if min(self.frames, self.lookahead, self.threads, self.cache_mb) < 1:
-            raise MicaclError(
-                "A field of --stream is below 1.", "No clip could be read.", "Give 1 or more for each of them."
-            )
-        if self.sampler not in SAMPLERS:
-            raise MicaclError(
-                f"--stream.sampler is {self.sampler!r}.", "No clip could be read.", f"Use {' or '.join(SAMPLERS)}."
-            )
+_TABLES = 32768
+"""Bags whose members' places are remembered; one is some 800 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
     """One decoded bag as a step uses it."""
 
-    frames_NTHWC: NDArray[np.uint8]
+    frames_NTHWC: Pixels
     """(instances, frames per instance, height, width, RGB)."""
     label: int
     """Place in the label set; -1 if the bag has none."""
@@ -72,134 +56,153 @@ class Clip:
     """For augmentation: a function of the place in the plan, not of the worker."""
 
 
-class ShardCache:
-    """Whole shards in memory, least recently used first out, each fetched once even when many threads ask."""
+@dataclass(slots=True)
+class Decoded:
+    """The clips of some draws, decoded into one array."""
 
-    def __init__(self, store: Store, limit_bytes: int) -> None:
-        self.store, self.limit_bytes = store, limit_bytes
-        self._lock = threading.Lock()
-        self._shards: OrderedDict[str, Future[bytes]] = OrderedDict()
-        self._bytes = 0
+    draws: Sequence[Draw]
+    keys: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    _frames: Pixels | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def get(self, path: str) -> bytes:
-        """The shard's bytes. Raises MicaclError if it is gone."""
+    @property
+    def frames_BNTHWC(self) -> Pixels:
+        """(clips, instances, frames per instance, height, width, RGB) uint8."""
+        assert self._frames is not None, "asked for before a clip was decoded"
+        return self._frames
+
+    def place(self, i: int, shape: tuple[int, ...], key: str) -> Pixels:
+        """The place of clip i. Raises MicaclError if its shape is not that of the clips before it."""
         with self._lock:
-            future = self._shards.get(path)
-            mine = future is None
-            if future is None:
-                future = self._shards[path] = Future()
-            self._shards.move_to_end(path)
-        if mine:
-            self._fetch(path, future)
-        return future.result()
-
-    def _fetch(self, path: str, future: Future[bytes]) -> None:
-        try:
-            data = self.store.get(path)
-        except FileNotFoundError as error:
-            self._fail(
-                path,
-                future,
-                MicaclError(
-                    f"{self.store.url(path)} is missing.",
-                    "The version lists it, so the sequence of clips cannot be kept.",
-                    "Run the same `micacl prepare` again: it makes missing shards anew from the crops.",
-                ),
-                error,
+            if self._frames is None:
+                self._frames = np.empty((len(self.draws), *shape), np.uint8)
+        if self._frames.shape[1:] != shape:
+            raise MicaclError(
+                f"A batch holds clips of the shapes {sorted({self._frames.shape[1:], shape})} (the last is {key}).",
+                "They cannot be stacked.",
+                "Prepare all videos of a dataset with the same --crop settings.",
             )
-            return
-        except BaseException as error:
-            self._fail(path, future, error, None)
-            raise
-        future.set_result(data)
-        with self._lock:
-            self._bytes += len(data)
-            for old in [p for p, f in self._shards.items() if f.done() and p != path]:
-                if self._bytes <= self.limit_bytes:
-                    break
-                self._bytes -= len(self._shards.pop(old).result())
-
-    def _fail(self, path: str, future: Future[bytes], error: BaseException, cause: BaseException | None) -> None:
-        error.__cause__ = cause
-        with self._lock:
-            self._shards.pop(path, None)
-        future.set_exception(error)
+        return np.asarray(self._frames[i], np.uint8)
 
 
 class BagStream:
-    """Reads the bags of one table of index rows in any order that a plan says."""
+    """Reads the bags of some rows in any order that a plan says. Close it, or use it in a `with` block."""
 
-    def __init__(self, dataset: Dataset, rows: pa.Table, config: StreamConfig) -> None:
-        self.config, self.rows = config, rows
-        self.labels = dataset.labels
-        self._cache = ShardCache(dataset.store, config.cache_mb * 2**20)
-        self._shards, self._keys, self._sha256 = (rows[c].combine_chunks() for c in ("shard", "key", "sha256"))
-        self._offsets, self._sizes = (rows[c].to_numpy() for c in ("offset", "size"))
+    def __init__(
+        self,
+        dataset: Dataset,
+        rows: SplitRows | pa.Table,
+        config: StreamConfig,
+        *,
+        plan: EpochPlan | None = None,
+        nodes: int = 1,
+    ) -> None:
+        """`plan`: of the draws that will come, for the choice of reads; else the natural order.
+
+        `nodes`: machines that read the plan together.
+        """
+        self.rows = rows if isinstance(rows, SplitRows) else table_rows(dataset, rows)
+        self.config, self.labels = config, dataset.labels
+        self._url = dataset.store.url
+        self._checked = Checked(len(self.rows))
+        self._spans = self._open_spans(dataset, plan, nodes)
+        self._tables: dict[int, BagTable] = {}
+
+    def _open_spans(self, dataset: Dataset, plan: EpochPlan | None, nodes: int) -> Spans:
+        if type(dataset.store) is LocalStore:
+            return LocalSpans(dataset.store)
+        config, limit = self.config, self.config.cache_mb * 2**20
+        is_open = open_bytes_in_order(self.rows, 1) if plan is None else open_bytes_of_plan(self.rows, plan)
+        whole_S = whole_shards(self.rows, is_open, mode=config.reads, cache_bytes=limit, nodes=nodes)
+        cache = NodeCache(Path(config.cache_dir) if config.cache_dir else None, limit)
+        return RemoteSpans(self.rows, whole_S, cache, config.io_threads, self._checked)
+
+    def close(self) -> None:
+        self._spans.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def bag(self, row: int) -> Bag:
         """One stored bag, hash-checked. Raises MicaclError naming shard and key."""
-        shard, key = self._shards[row].as_py(), self._keys[row].as_py()
-        start, size = int(self._offsets[row]), int(self._sizes[row])
-        data = self._cache.get(shard)[start : start + size]
-        where = f"{self._cache.store.url(shard)} bag {key}"
-        if digest(data) != self._sha256[row].as_py():
-            raise MicaclError(
-                f"{where} does not have the sha256 that the index lists.",
-                "Its bytes were changed after it was written, so it is not used.",
-                "Delete the shard and run the same `micacl prepare` again; `micacl verify URL` lists all damage.",
-            )
-        return read_bag(data, where)
+        place = self.rows.place(row)
+        where = f"{self._url(place.shard)} bag {place.key}"
+        view = self._spans.view(row, place)
+        require_sha256(view, place, where)
+        return read_bag(bytes(view), where)
 
     def clip(self, draw: Draw, *, train: bool) -> Clip:
         """Decode the frames that this draw uses: random by its key in training, always the same else."""
-        bag = self.bag(draw.row)
-        rng = np.random.Generator(np.random.Philox(key=np.array(draw.rng_key, np.uint64))) if train else None
-        label = self.labels.index(bag.meta.label) if bag.meta.label in self.labels else -1
-        return Clip(decode_bag(bag, self.config, rng), label, bag.meta.key, draw.row, draw.rng_key)
+        return next(self.read([draw], train=train))
 
     def read(self, draws: Iterable[Draw], *, train: bool) -> Iterator[Clip]:
-        """Clips in the order of the draws, `lookahead` of them in flight."""
-        waiting: deque[Future[Clip]] = deque()
+        """Clips in the order of the draws."""
+        for one in self.read_batches(([draw] for draw in draws), train=train):
+            draw = one.draws[0]
+            yield Clip(one.frames_BNTHWC[0], one.labels[0], one.keys[0], draw.row, draw.rng_key)
+
+    def read_batches(self, batches: Iterable[Sequence[Draw]], *, train: bool) -> Iterator[Decoded]:
+        """The clips of each batch of draws, in order, `lookahead` of them in flight. No batch may be empty."""
+        todo = ((batch, i) for batch in map(_begin, batches) for i in range(len(batch.draws)))
+        asked: deque[tuple[Decoded, int]] = deque()
+        flying: deque[tuple[Decoded, int, Future[None]]] = deque()
+        ahead = max(0, self.config.prefetch - self.config.lookahead)
         pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="stream")
         try:
-            for draw in draws:
-                waiting.append(pool.submit(self.clip, draw, train=train))
-                if len(waiting) > self.config.lookahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+            while True:
+                while len(flying) <= self.config.lookahead:
+                    while len(asked) <= ahead and (item := next(todo, None)):
+                        self._spans.ask(item[0].draws[item[1]].row)
+                        asked.append(item)
+                    if not asked:
+                        break
+                    batch, i = asked.popleft()
+                    flying.append((batch, i, pool.submit(self._decode, batch, i, train)))
+                if not flying:
+                    return
+                batch, i, done = flying.popleft()
+                done.result()
+                if i + 1 == len(batch.draws):
+                    yield batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def _decode(self, batch: Decoded, i: int, train: bool) -> None:
+        """One clip into its place. Runs in a decode thread."""
+        draw = batch.draws[i]
+        row = draw.row
+        view, table = self._checked_view(row)
+        spans = table.spans
+        rng = np.random.Generator(np.random.Philox(key=np.array(draw.rng_key, np.uint64))) if train else None
 
-def decode_bag(bag: Bag, config: StreamConfig, rng: np.random.Generator | None) -> NDArray[np.uint8]:
-    """(instances, frames, H, W, 3) uint8: the frames of each instance that the sampler picks. Raises MicaclError.
+        def member(number: int) -> memoryview:
+            return view[spans[2 * number] : spans[2 * number + 1]]
 
-    Each stored frame is decoded at most once, and of JPEG only what is picked.
-    """
-    counts = bag.meta.instance_frames
-    picked_NT = np.array(SAMPLERS[config.sampler](counts, config.frames, rng))
-    decoded: dict[int, RGB] = {}
-    start = 0
-    for i, (members, stored) in enumerate(zip(bag.encoded, counts, strict=True)):
-        wanted = sorted({int(n) - start for n in picked_NT.flat if start <= n < start + stored})
-        if wanted:
-            frames = decode_instance(members, bag.meta, i, wanted)
-            decoded |= dict(zip((start + n for n in wanted), frames, strict=True))
-        start += stored
-    return np.stack([np.stack([decoded[int(n)] for n in row]) for row in picked_NT])
+        def place(shape: tuple[int, ...], _: type[np.uint8]) -> Pixels:
+            return batch.place(i, shape, table.key)
 
+        decode_frames(table, member, self.config, rng, place)
+        batch.keys[i], batch.labels[i] = table.key, self.rows.label(row)
 
-def label_numbers(rows: pa.Table, labels: Sequence[str], where: str) -> NDArray[np.int64]:
-    """The label of each row as its place in the label set. Raises MicaclError on a word outside it."""
-    words = rows["label"].combine_chunks().dictionary_encode()
-    for word in words.dictionary.to_pylist():
-        require_label(word, labels, where)
-    place = np.array([labels.index(w) for w in words.dictionary.to_pylist()] or [0], np.int64)
-    return np.asarray(place[words.indices.to_numpy()], np.int64)
+    def _checked_view(self, row: int) -> tuple[memoryview, BagTable]:
+        """The span of a row and where its members lie. Raises MicaclError."""
+        place = self.rows.place(row)
+        view, table = self._spans.view(row, place), self._tables.get(row)
+        if table is not None and row in self._checked and len(view) == place.size:
+            return view, table
+        where = f"{self._url(place.shard)} bag {place.key}"
+        view = self._spans.checked(row, place, view, where)
+        self._checked.add(row)
+        table = find_bag(view, where)
+        if len(self._tables) >= _TABLES:
+            self._tables.clear()
+        self._tables[row] = table
+        return view, table
 
 
-def shard_numbers(rows: pa.Table) -> NDArray[np.int64]:
-    """The shard of each row as a number, for the plan's shard blocks."""
-    codes: Any = rows["shard"].combine_chunks().dictionary_encode().indices.to_numpy()
-    return np.asarray(codes, np.int64)
+def _begin(draws: Sequence[Draw]) -> Decoded:
+    return Decoded(draws, [""] * len(draws), [-1] * len(draws))

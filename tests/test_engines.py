@@ -199,7 +199,7 @@ def test_another_plan_or_version_is_refused_on_resume(dataset: str, tmp_path: Pa
     assert (state.epoch, state.step) == (1, 2)
     data.require_same(state)
     other = dataclasses.replace(config, plan=PlanConfig(global_batch=6, steps_per_epoch=4))
-    with pytest.raises(MicaclError, match="plan"):
+    with pytest.raises(MicaclError, match="global batch 4 and this run has 6"):
         train_data(open_dataset(dataset), other).require_same(state)
     moved = make_dataset(tmp_path, {"train": {"happy": 9, "sad": 5, "neutral": 2}}, seed=0)
     with pytest.raises(MicaclError, match="version"):

@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 
 import numpy as np
-import pyarrow as pa
 
+from micacl.ahead import ahead
 from micacl.batch import Batch, collate
 from micacl.config import RunConfig
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
-from pipeline.plan import Draw, EpochPlan, PlanState, require_same_plan
-from pipeline.stream import BagStream, label_numbers, shard_numbers
+from pipeline.loader import Loader
+from pipeline.plan import EpochPlan, PlanState, class_weights, require_same_plan
+from pipeline.rows import SplitRows, split_rows
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class TrainData:
     """The training split, ready to be planned and read."""
 
     dataset: Dataset
-    rows: pa.Table
+    rows: SplitRows
     config: RunConfig
-    plan_of: Callable[[int], EpochPlan]
-    """Epoch -> plan."""
-    class_counts: tuple[int, ...]
-    """Clips of each class of the label set."""
+
+    @property
+    def class_counts(self) -> tuple[int, ...]:
+        """Clips of each class of the label set."""
+        return self._loader.index.counts
+
+    @property
+    def seen_counts(self) -> list[float]:
+        """Clips of each class as training sees them: its mean share over the run, of all the clips that there are."""
+        epochs, plan = self.config.train.epochs, self.config.plan
+        share_C = np.mean([class_weights(self.class_counts, plan, epoch) for epoch in range(epochs)], axis=0)
+        return [float(n) for n in share_C * sum(self.class_counts)]
+
+    def plan_of(self, epoch: int) -> EpochPlan:
+        return self._loader.plan(epoch)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -39,43 +51,43 @@ class TrainData:
 
     def state_at(self, step: int) -> PlanState:
         epoch, done = divmod(step, self.steps_per_epoch)
-        return PlanState(version=self.dataset.sha256, plan=self.plan_of(epoch).hash, epoch=epoch, step=done)
+        return self.plan_of(epoch).state(done)
 
     def require_same(self, state: PlanState) -> None:
         """Refuse to continue on another dataset version, or with another plan. Raises MicaclError."""
         require_same_plan(state, self.plan_of(state.epoch))
 
-    def batches(self, start_step: int, rank: int, ranks: int) -> Iterator[Batch]:
+    def batches(self, start_step: int, rank: int, ranks: int, nodes: int = 1) -> Iterator[Batch]:
         """This rank's batches of steps start_step, start_step + 1, ... to the end, read ahead across epochs."""
-        stream = BagStream(self.dataset, self.rows, self.config.stream)
-        clips = stream.read(self._draws(start_step, rank, ranks), train=True)
-        clips_per_rank = self.config.plan.global_batch // ranks
-        while batch := list(islice(clips, clips_per_rank)):
-            yield collate(batch, self.config.batch, train=True)
+        with self._loader_of(rank, ranks, nodes) as loader:
+            loader.seek(*divmod(start_step, self.steps_per_epoch))
+            clips = loader.batches(self.config.train.epochs)
+            yield from ahead(collate(batch, self.config.batch, train=True) for batch in clips)
 
-    def _draws(self, start_step: int, rank: int, ranks: int) -> Iterator[Draw]:
-        for epoch in range(start_step // self.steps_per_epoch, self.config.train.epochs):
-            plan = self.plan_of(epoch)
-            for step in range(max(0, start_step - epoch * self.steps_per_epoch), plan.steps):
-                for position in plan.rank_positions(step, rank, ranks):
-                    yield plan[int(position)]
+    @cached_property
+    def _loader(self) -> Loader:
+        return self._loader_of(0, 1, 1)
+
+    def _loader_of(self, rank: int, ranks: int, nodes: int) -> Loader:
+        config = self.config
+        return Loader(
+            self.dataset,
+            config.train.split,
+            config.plan,
+            config.stream,
+            rank=rank,
+            ranks=ranks,
+            nodes=nodes,
+            rows=self.rows,
+        )
 
 
 def train_data(dataset: Dataset, config: RunConfig) -> TrainData:
     """Raises MicaclError if the split is missing, its labels are not the model's, or a class has no clip."""
     require_labels(dataset, config)
-    rows = dataset.split(config.train.split)
-    labels = label_numbers(rows, dataset.labels, dataset.store.root)
-    shards = shard_numbers(rows)
-    classes = len(dataset.labels)
-
-    def plan_of(epoch: int) -> EpochPlan:
-        return EpochPlan(
-            labels=labels, shards=shards, classes=classes, config=config.plan, epoch=epoch, version=dataset.sha256
-        )
-
-    counts = tuple(int(n) for n in np.bincount(labels, minlength=classes))
-    return TrainData(dataset, rows, config, plan_of, counts)
+    data = TrainData(dataset, split_rows(dataset, config.train.split), config)
+    _ = data.class_counts
+    return data
 
 
 def require_labels(dataset: Dataset, config: RunConfig) -> None:
