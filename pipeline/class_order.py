@@ -4,9 +4,9 @@
     one cycle of an epoch          [dbbdbddb] [eaaeaeae] [cccc]      shards permuted, cut into windows, mixed inside
 
 Within an epoch every cycle but the last is whole and has a fresh order. The last one is partial, with r items: the next
-r of a *master* order, the same in all epochs, that is gone through like a circle. So in every epoch, and after any number
-of epochs, two items of a class differ by at most one use. The r items too come in a fresh order, in fresh windows; the
-master only says who is in.
+r of a *master* order, the same in all epochs, that is gone through like a circle. So in every epoch, and after any
+number of epochs, two items of a class differ by at most one use. The r items too come in a fresh order, in fresh
+windows; the master only says who is in.
 
     master, a circle of all items   ( dbca… )      epoch 0: |----|   epoch 1:      |----|   epoch 2: --|         |--
 
@@ -80,7 +80,7 @@ class Cycles:
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def _parts(self, cycle: int) -> tuple[Ints, Ints, Ints]:
-        """A cycle as parts of shards in their order: (shard, first place in it, items up to and with it), shape (P,)."""
+        """A cycle as parts of shards in order: (shard, first place in it, items up to and with it), shape (P,)."""
         last = self._cycle  # read once: reader threads share a plan
         if last[0] != cycle:
             if cycle < self.whole_cycles:
@@ -126,11 +126,8 @@ class Cycles:
     def places(self) -> Ints:
         """Where in the master order each item is, shape (items,)."""
         order = shuffled(len(self.sizes_S), self.seed, _MASTER, *self.key)
-        circle = [
-            int(self._first_S[s]) + shuffled(int(self.sizes_S[s]), self.seed, _IN_SHARD, *self.key, int(s))
-            for s in order
-        ]
-        return np.argsort(np.concatenate(circle), kind="stable")
+        parts = [(s, shuffled(int(self.sizes_S[s]), self.seed, _IN_SHARD, *self.key, s)) for s in order.tolist()]
+        return np.argsort(np.concatenate([self._first_S[s] + part for s, part in parts]), kind="stable")
 
 
 class ClassOrder:

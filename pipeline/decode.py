@@ -1,7 +1,7 @@
 """A bag -> the pixels that a step uses, straight into the place where the step wants them.
 
-Training, evaluation, prediction and serving all decode here. Each stored frame is decoded at most once, and of JPEG only
-what the sampler picked. The decoders work without the GIL.
+Training, evaluation, prediction and serving all decode here. Each stored frame is decoded at most once, and of JPEG
+only what the sampler picked. The decoders work without the GIL.
 
 Legend: N instances, T frames per instance, H W height and width.
 """

@@ -224,7 +224,7 @@ class EvalLoader:
 
     def __len__(self) -> int:
         """Batches, the same on every rank."""
-        return -(-len(self.rank_rows) // self.clips_per_batch)
+        return len(range(0, len(self.rank_rows), self.clips_per_batch))
 
     def __iter__(self) -> Iterator[ClipBatch]:
         """All batches, from the first on."""

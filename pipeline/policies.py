@@ -3,7 +3,7 @@
     policy      share of a class of n clips, before they are scaled to sum to 1
     natural     n
     sqrt        sqrt(n)
-    power       n^power                  power 1 is natural, 0 is uniform, below 0 the tail comes more often than the head
+    power       n^power                  1 is natural, 0 is uniform, below 0 the tail comes more often than the head
     effective   n / E(n)                 E(n) = (1 - beta^n) / (1 - beta); each clip weighs what Cui et al. give it in
                                          Class-Balanced Loss Based on Effective Number of Samples (CVPR 2019)
     uniform     1
@@ -21,7 +21,6 @@ Legend: C classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -183,8 +182,3 @@ def _require_every_class(counts_C: Ints) -> None:
 
 def refuse(cause: str, remedy: str) -> None:
     raise MicaclError(cause, "No epoch can be planned.", remedy)
-
-
-def policy_names(config: PlanConfig) -> Sequence[str]:
-    """The policies that a config uses, in the order of epochs."""
-    return [config.policy, *([config.then] if config.then else [])]

@@ -3,8 +3,8 @@
     dense    the shards that are open hold mostly bags that this node will use soon    one request a shard, kept on disk
     sparse   of each shard a few bags are used, or too many shards are open at a time  one request a bag
 
-A shard is read whole when this node uses at least half of its bytes while it is open, and all shards that are open at a
-time fit in the cache. So no more than two bytes are read for one that is used, and no shard is fetched twice in a cycle.
+A shard is read whole when this node uses at least half of its bytes while it is open, and all shards that are open at
+a time fit in the cache. So at most two bytes are read for one that is used, and no shard is fetched twice in a cycle.
 Nodes share a plan by stripes: of 8 nodes each uses an eighth of every shard, and reads ranges.
 """
 
@@ -18,8 +18,6 @@ from numpy.typing import NDArray
 from pipeline.plan import EpochPlan
 from pipeline.rows import SplitRows
 from pipeline.runs import Ints
-
-READS = ("auto", "whole", "range")
 
 _LEAST_USED = 0.5
 """Share of a shard's bytes that a node must use to fetch it whole."""
