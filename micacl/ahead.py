@@ -52,6 +52,7 @@ class _Maker(threading.Thread, Generic[T]):
     def _put(self, box: _Box[T] | None) -> None:
         while not self.stop.is_set():
             try:
-                return self.boxes.put(box, timeout=_LOOK_S)
+                self.boxes.put(box, timeout=_LOOK_S)
             except queue.Full:
                 continue
+            return
