@@ -57,7 +57,7 @@ class StreamConfig:
         ):
             if value not in known:
                 raise MicaclError(
-                    f"--stream.{name} is {value!r}.", "No clip could be read.", f"Use {', '.join(known)}."
+                    f"--stream.{name} is {value!r}.", "No clip could be read.", f"Use {' or '.join(known)}."
                 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import random
 import threading
 import time
@@ -13,22 +12,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pipeline.bags import Bag, video_to_bags
 from pipeline.codec import decode_instance, decode_jpeg
 from pipeline.contract import CODECS, CropConfig, MicaclError
 from pipeline.dataset import Dataset, open_dataset
-from pipeline.plan import Draw
+from pipeline.plan import Draw, EpochPlan, PlanConfig, PlanIndex
+from pipeline.reads import open_bytes_of_plan, whole_shards
+from pipeline.rows import split_rows
 from pipeline.samplers import SAMPLERS, pick_frames
 from pipeline.shards import read_bag, write_shard
 from pipeline.storage import LocalStore, open_store
-from pipeline.stream import BagStream, Clip, ShardCache, StreamConfig, decode_bag, label_numbers, shard_numbers
+from pipeline.stream import BagStream, Clip, StreamConfig, decode_bag
 from tests.tiny_dataset import CROP, FRAMES, INSTANCES, SIZE, make_dataset
 
 COUNTS = {"train": {"sad": 6, "happy": 9, "neutral": 1}, "test": {"unlabelled": 3}}
-CONFIG = StreamConfig(frames=2, lookahead=4, threads=2)
+CONFIG = StreamConfig(frames=2, lookahead=4, prefetch=8, threads=2)
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +82,11 @@ class Slow(LocalStore):
 
 @pytest.mark.parametrize(("threads", "lookahead"), [(1, 1), (2, 4), (8, 32), (4, 1)])
 def test_clips_come_in_the_order_of_the_draws(url: str, dataset: Dataset, threads: int, lookahead: int) -> None:
-    slow = Dataset(Slow(url), dataset.number, dataset.body, dataset.sha256, dataset.index)
-    stream = stream_of(slow, StreamConfig(frames=2, threads=threads, lookahead=lookahead))
+    slow = Dataset(Slow(url), dataset.number, dataset.body, dataset.sha256)
+    stream = stream_of(slow, StreamConfig(frames=2, threads=threads, lookahead=lookahead, prefetch=2 * lookahead))
     draws = draws_of(ORDER)
     clips = list(stream.read(draws, train=True))
-    assert [(c.row, c.rng_key) for c in clips] == [tuple(d) for d in draws]
+    assert [(c.row, c.rng_key) for c in clips] == [(d.row, d.rng_key) for d in draws]
     keys = dataset.split("train")["key"].to_pylist()
     assert [c.key for c in clips] == [keys[row] for row in ORDER]
     reference = [stream_of(dataset).clip(draw, train=True) for draw in draws]
@@ -144,7 +143,9 @@ def test_no_more_clips_are_in_flight_than_asked_for(dataset: Dataset) -> None:
             taken += 1
             yield draw
 
-    for done, _ in enumerate(stream_of(dataset, StreamConfig(lookahead=3, threads=2)).read(draws(), train=False)):
+    for done, _ in enumerate(
+        stream_of(dataset, StreamConfig(lookahead=3, prefetch=1, threads=2)).read(draws(), train=False)
+    ):
         assert taken <= done + 1 + 3
 
 
@@ -220,8 +221,24 @@ def test_a_bag_whose_frames_are_no_pictures(dataset: Dataset, h264: Dataset, cod
 # Damage.
 
 
+class Remote(LocalStore):
+    """Read as storage far away is: through the node's cache."""
+
+
+WAYS = ("local", "whole", "range")
+
+
+def way_of(dataset: Dataset, way: str) -> BagStream:
+    """A stream over the train split that reads so."""
+    if way == "local":
+        return stream_of(dataset)
+    far = Dataset(Remote(dataset.store.root), dataset.number, dataset.body, dataset.sha256)
+    return stream_of(far, dataclasses.replace(CONFIG, reads=way))
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("where", ["first", "middle", "last"])
-def test_a_flipped_bit_names_shard_and_key(own: Dataset, where: str) -> None:
+def test_a_flipped_bit_names_shard_and_key(own: Dataset, where: str, way: str) -> None:
     row = own.split("train").to_pylist()[6]
     data = bytearray(own.store.get(row["shard"]))
     data[
@@ -230,7 +247,7 @@ def test_a_flipped_bit_names_shard_and_key(own: Dataset, where: str) -> None:
         ]
     ] ^= 1
     own.store.put(row["shard"], bytes(data))
-    stream = stream_of(own)
+    stream = way_of(own, way)
     with pytest.raises(MicaclError, match=f"{row['shard']} bag {row['key']}.*sha256.*verify"):
         stream.bag(6)
     for other, said in enumerate(own.split("train").to_pylist()):  # its neighbours are as they were
@@ -238,182 +255,106 @@ def test_a_flipped_bit_names_shard_and_key(own: Dataset, where: str) -> None:
             assert stream.bag(other).meta.key == said["key"]
 
 
-def test_damage_ends_the_stream_in_its_place(own: Dataset) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_damage_ends_the_stream_in_its_place(own: Dataset, way: str) -> None:
     row = own.split("train").to_pylist()[6]
     data = bytearray(own.store.get(row["shard"]))
     data[row["offset"] + 700] ^= 1
     own.store.put(row["shard"], bytes(data))
-    clips = stream_of(own).read(draws_of([0, 1, 6, 2]), train=False)
+    clips = way_of(own, way).read(draws_of([0, 1, 6, 2]), train=False)
     assert [next(clips).row, next(clips).row] == [0, 1]
     with pytest.raises(MicaclError, match=row["key"]):
         next(clips)
 
 
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("how", ["cut", "gone"])
-def test_a_shard_that_is_cut_or_gone(own: Dataset, how: str) -> None:
+def test_a_shard_that_is_cut_or_gone(own: Dataset, how: str, way: str) -> None:
     row = own.split("train").to_pylist()[6]
     if how == "gone":
         own.store.delete(row["shard"])
     else:
         own.store.put(row["shard"], own.store.get(row["shard"])[: row["offset"] + 600])
-    stream = stream_of(own)
+    stream = way_of(own, way)
     for _ in range(2):  # a failure is not remembered as a shard
         with pytest.raises(MicaclError, match=f"{row['shard']}.*(is missing|sha256)"):
             stream.bag(6)
 
 
-def test_a_shard_that_came_back_is_read(own: Dataset) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_shard_that_came_back_is_read(own: Dataset, way: str) -> None:
     shard = own.split("train")["shard"][6].as_py()
     data = own.store.get(shard)
     own.store.delete(shard)
-    stream = stream_of(own)
+    stream = way_of(own, way)
     with pytest.raises(MicaclError, match="is missing"):
         stream.bag(6)
     own.store.put(shard, data)
     assert stream.bag(6).meta.key == own.split("train")["key"][6].as_py()
 
 
-# The cache.
+@pytest.mark.parametrize("way", ["whole", "range"])
+def test_damage_that_the_cache_kept_is_fetched_again(own: Dataset, way: str, tmp_path: Path) -> None:
+    """A folder that is kept between runs can hold what a disk has spoilt."""
+    folder = tmp_path / "cache"
+    config = dataclasses.replace(CONFIG, reads=way, cache_dir=str(folder))
+    far = Dataset(Remote(own.store.root), own.number, own.body, own.sha256)
+    with stream_of(far, config) as stream:
+        whole = stream.bag(6)
+    for file in folder.iterdir():
+        if file.is_file() and len(data := bytearray(file.read_bytes())) > 2000:
+            data[1000] ^= 1
+            file.write_bytes(bytes(data))
+    with stream_of(far, config) as stream:
+        assert next(stream.read(draws_of([6]), train=False)).key == whole.meta.key
 
 
-def test_a_shard_is_fetched_once_for_many_threads(url: str) -> None:
-    store = Slow(url)
-    cache, keys = ShardCache(store, 2**30), [e.key for e in store.list("shards/")]
-    threads = [threading.Thread(target=lambda: [cache.get(k) for k in keys]) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert store.gets == dict.fromkeys(keys, 1)
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_reading_gives_the_same_clips(dataset: Dataset, way: str) -> None:
+    draws = draws_of(ORDER)
+    with way_of(dataset, way) as stream:
+        clips = list(stream.read(draws, train=True))
+    reference = list(stream_of(dataset).read(draws, train=True))
+    assert [c.key for c in clips] == [c.key for c in reference]
+    assert all(np.array_equal(a.frames_NTHWC, b.frames_NTHWC) for a, b in zip(clips, reference, strict=True))
 
 
-def held(cache: ShardCache) -> dict[str, int]:
-    return {path: len(future.result()) for path, future in cache._shards.items()}
+def test_each_shard_is_fetched_once_and_no_more_than_the_prefetch_says(url: str, dataset: Dataset) -> None:
+    slow = Slow(url)
+    far = Dataset(slow, dataset.number, dataset.body, dataset.sha256)
+    config = StreamConfig(frames=2, lookahead=1, prefetch=2, io_threads=1, reads="whole")
+    with stream_of(far, config) as stream:
+        clips = stream.read(draws_of([0, 1, 6, 12, 15, 0, 6]), train=False)
+        next(clips)
+        shards = dataset.split("train")["shard"].to_pylist()
+        assert set(slow.gets) <= {shards[row] for row in (0, 1, 6, 12)} | {
+            s["index"]["path"] for s in dataset.body["shards"]
+        }
+        list(clips)
+    assert {key: n for key, n in slow.gets.items() if n > 1 and key.startswith("shards")} == {}
 
 
-def test_a_cache_smaller_than_one_shard_works(url: str) -> None:
-    store = Slow(url)
-    cache, keys = ShardCache(store, 1), [e.key for e in store.list("shards/")]
-    for key in keys * 2:
-        assert cache.get(key) == LocalStore(url).get(key)
-        assert list(held(cache)) == [key]
-        assert cache._bytes == held(cache)[key]
-    assert store.gets == dict.fromkeys(keys, 2)
-
-
-def test_the_least_recently_used_shard_goes_first(url: str) -> None:
-    store = Slow(url)
-    a, b, c = sorted((e.key for e in store.list("shards/train")), key=lambda k: store.size(k) or 0)[-3:]
-    cache = ShardCache(store, sum(store.size(k) or 0 for k in (a, b, c)) - 1)
-    for key in (a, b, a, c):
-        cache.get(key)
-    assert list(held(cache)) == [a, c]
-
-
-@settings(max_examples=25, deadline=None, derandomize=True)
-@given(
-    limit=st.integers(1, 120_000), order=st.lists(st.integers(0, 5), min_size=1, max_size=40), threads=st.integers(1, 4)
-)
-def test_what_is_held_is_bounded(url: str, limit: int, order: list[int], threads: int) -> None:
-    store = LocalStore(url)
-    sizes = {e.key: e.size for e in store.list("shards/")}
-    keys = sorted(sizes)
-    cache = ShardCache(store, limit)
-
-    def work(part: int) -> None:
-        for i in order[part::threads]:
-            assert len(cache.get(keys[i % len(keys)])) == sizes[keys[i % len(keys)]]
-
-    workers = [threading.Thread(target=work, args=(part,)) for part in range(threads)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert cache._bytes == sum(held(cache).values()) <= limit + max(sizes.values())
+def test_a_cache_smaller_than_one_shard_reads_ranges(url: str, dataset: Dataset) -> None:
+    """So that no shard is fetched whole for each of its bags."""
+    rows = split_rows(dataset, "train")
+    plan = EpochPlan(PlanIndex(rows.runs, 3), PlanConfig(global_batch=4), 0)
+    is_open = open_bytes_of_plan(rows, plan)
+    assert is_open == rows.shard_bytes.sum()
+    assert whole_shards(rows, is_open, mode="auto", cache_bytes=is_open, nodes=1).all()
+    assert not whole_shards(rows, is_open, mode="auto", cache_bytes=is_open - 1, nodes=1).any()
+    assert not whole_shards(rows, is_open, mode="auto", cache_bytes=2**40, nodes=3).any()
+    few = split_rows(open_dataset(url, where="subject in ('s0', 's3', 's5')"), "train")
+    assert len(few) < len(rows)
+    assert np.array_equal(
+        whole_shards(few, 0, mode="auto", cache_bytes=1, nodes=1), few.used_bytes >= 0.5 * few.shard_bytes
+    )
 
 
 # Which frames.
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(stored=st.integers(1, 200), wanted=st.integers(1, 64), seed=st.none() | st.integers(0, 2**32))
-def test_frames_never_go_backwards(stored: int, wanted: int, seed: int | None) -> None:
-    picked = pick_frames(stored, wanted, None if seed is None else np.random.default_rng(seed))
-    assert len(picked) == wanted
-    assert picked == sorted(picked)
-    assert 0 <= picked[0] <= picked[-1] < stored
-    edges = [stored * i / wanted for i in range(wanted + 1)]
-    assert all(int(a) <= frame <= b for frame, a, b in zip(picked, edges, edges[1:], strict=False))
-    if wanted <= stored:
-        assert len(set(picked)) >= wanted // 2
-    if wanted % stored == 0:
-        assert set(Counter(picked).values()) == {wanted // stored}
-
-
-def test_the_frames_of_the_docstring() -> None:
-    assert pick_frames(12, 4, None) == [1, 4, 7, 10]
-    assert pick_frames(2, 4, None) == [0, 0, 1, 1]
-    assert pick_frames(1, 3, np.random.default_rng(0)) == [0, 0, 0]
-
-
-INSTANCE_FRAMES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
-SEEDS = st.none() | st.integers(0, 2**32)
-
-
 def rng_of(seed: int | None) -> np.random.Generator | None:
     return None if seed is None else np.random.default_rng(seed)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(stored=INSTANCE_FRAMES, wanted=st.integers(1, 16), seed=SEEDS)
-def test_segments_stay_in_their_instance(stored: list[int], wanted: int, seed: int | None) -> None:
-    picked = SAMPLERS["segments"](stored, wanted, rng_of(seed))
-    rng, start = rng_of(seed), 0
-    for row, count in zip(picked, stored, strict=True):
-        assert row == [start + i for i in pick_frames(count, wanted, rng)]
-        start += count
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(stored=INSTANCE_FRAMES, wanted=st.integers(1, 16), seed=SEEDS)
-def test_m3dfel_starts_at_its_sixteenths(stored: list[int], wanted: int, seed: int | None) -> None:
-    """Frame i of F is floor(N i / F), plus 0 to F - 1 in training, never past the last frame."""
-    picked = SAMPLERS["m3dfel"](stored, wanted, rng_of(seed))
-    assert [len(row) for row in picked] == [wanted] * len(stored)
-    total, count = sum(stored), len(stored) * wanted
-    for i, frame in enumerate(frame for row in picked for frame in row):
-        start = total * i // count
-        if seed is None:
-            assert frame == start
-        else:
-            assert start <= frame <= min(start + count - 1, total - 1)
-
-
-@pytest.mark.parametrize(("stored", "backwards"), [(30, 0.31), (77, 0.21), (200, 0.02), (800, 0.0)])
-def test_m3dfel_goes_backwards_as_often_as_the_released_code(stored: int, backwards: float) -> None:
-    """Share of neighbours among 16 frames that run back in time; the numbers are those of a simulation of that code."""
-    rng = np.random.default_rng(0)
-    pairs = [
-        later < earlier
-        for _ in range(2000)
-        for row in [np.ravel(SAMPLERS["m3dfel"]([stored // 4] * 3 + [stored - 3 * (stored // 4)], 4, rng)).tolist()]
-        for earlier, later in itertools.pairwise(row)
-    ]
-    assert np.mean(pairs) == pytest.approx(backwards, abs=0.01)
-
-
-def test_m3dfel_repeats_the_frames_of_a_short_bag() -> None:
-    assert SAMPLERS["m3dfel"]([3, 2], 5, None) == [[0, 0, 1, 1, 2], [2, 3, 3, 4, 4]]
-    assert SAMPLERS["m3dfel"]([1], 3, np.random.default_rng(0)) == [[0, 0, 0]]
-    last = Counter(np.ravel(SAMPLERS["m3dfel"]([2] * 4, 4, np.random.default_rng(0))).tolist())
-    assert last.most_common(1)[0][0] == 7
-
-
-def test_m3dfel_uses_every_jitter_equally() -> None:
-    rng = np.random.default_rng(0)
-    jitter = Counter(SAMPLERS["m3dfel"]([250] * 4, 4, rng)[0][0] for _ in range(4000))
-    assert sorted(jitter) == list(range(16))
-    assert max(jitter.values()) < 1.4 * min(jitter.values())
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
@@ -434,18 +375,6 @@ def test_the_frames_that_a_sampler_picks_are_decoded_in_its_order(
             assert all(np.array_equal(stored[n], frame) for n, frame in zip(row, frames_THWC, strict=True))
 
 
-def test_an_unknown_sampler_is_refused() -> None:
-    with pytest.raises(MicaclError, match=r"--stream.sampler is 'random'.*Use segments or m3dfel"):
-        StreamConfig(sampler="random")
-
-
-def test_every_stored_frame_is_used_in_training() -> None:
-    rng = np.random.default_rng(0)
-    seen = Counter(i for _ in range(600) for i in pick_frames(12, 4, rng))
-    assert sorted(seen) == list(range(12))
-    assert max(seen.values()) < 1.5 * min(seen.values())
-
-
 def test_only_the_frames_that_are_used_are_decoded(dataset: Dataset) -> None:
     bag = stream_of(dataset).bag(0)
     used = pick_frames(FRAMES, 1, None)[0]
@@ -455,26 +384,7 @@ def test_only_the_frames_that_are_used_are_decoded(dataset: Dataset) -> None:
         decode_bag(broken, StreamConfig(frames=FRAMES), None)
 
 
-# Numbers for the plan.
-
-
-def test_labels_and_shards_as_numbers(dataset: Dataset) -> None:
-    rows = dataset.split("train")
-    numbers = label_numbers(rows, dataset.labels, "x")
-    assert [dataset.labels[n] for n in numbers] == rows["label"].to_pylist()
-    shards = shard_numbers(rows)
-    pairs = set(zip(shards.tolist(), rows["shard"].to_pylist(), strict=True))
-    assert len(pairs) == len(set(shards.tolist())) == len(set(rows["shard"].to_pylist()))
-
-
-def test_a_label_outside_the_set_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(MicaclError, match=r"'neutral' in s3://x"):
-        label_numbers(dataset.split("train"), ("happy", "sad"), "s3://x")
-    with pytest.raises(MicaclError, match="unlabelled"):
-        label_numbers(dataset.split("test"), dataset.labels, "x")
-
-
-@pytest.mark.parametrize("field", ["frames", "lookahead", "threads", "cache_mb"])
+@pytest.mark.parametrize("field", ["frames", "lookahead", "prefetch", "threads", "io_threads", "cache_mb"])
 def test_a_config_below_one_is_refused(field: str) -> None:
     with pytest.raises(MicaclError, match="below 1"):
         StreamConfig(**{field: 0})
