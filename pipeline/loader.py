@@ -92,6 +92,8 @@ class Loader:
         )
         self._plans: dict[int, EpochPlan] = {}
         self.plan(0).rank_positions(0, rank, ranks)
+        self.stripe = (0, 1)
+        """(w, W): of the steps from here on only w, w + W, ... of each epoch; for worker processes."""
         self._at = (0, 0)
         self._end: int | None = None
         self._batches: tuple[int, BagStream, Iterator[ClipBatch]] | None = None
@@ -114,7 +116,7 @@ class Loader:
     def __iter__(self) -> Iterator[ClipBatch]:
         """The batches that are left of the current epoch. Raises MicaclError, naming shard and key where it can."""
         epoch, step = self._at
-        for _ in range(step, self.plan(epoch).steps):
+        for _ in self._steps(epoch, step):
             yield self._take()
 
     def batches(self, epochs: int) -> Iterator[ClipBatch]:
@@ -193,8 +195,12 @@ class Loader:
     def _places(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """(epoch, step) from here on."""
         while self._end is None or epoch < self._end:
-            yield from ((epoch, at) for at in range(step, self.plan(epoch).steps))
+            yield from ((epoch, at) for at in self._steps(epoch, step))
             epoch, step = epoch + 1, 0
+
+    def _steps(self, epoch: int, step: int) -> range:
+        worker, workers = self.stripe
+        return range(step + worker, self.plan(epoch).steps, workers)
 
     def _state_after(self, epoch: int, step: int) -> dict[str, Any]:
         plan = self.plan(epoch)
