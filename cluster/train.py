@@ -7,12 +7,13 @@ continue from it. Ray Train restarts the workers; it keeps no checkpoint of its 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -39,7 +40,9 @@ from micacl.train.loop import fit
 from pipeline.cli import DatasetUrl
 from pipeline.contract import MicaclError, canonical_json, json_object
 from pipeline.dataset import open_dataset
+from pipeline.loader import ClipBatch, Loader
 from pipeline.plan import PlanState
+from pipeline.ray_stream import ray_batches
 from pipeline.storage import open_store
 
 CONFIG = "config.json"
@@ -56,16 +59,19 @@ class ScalingConfig:
     cpus_per_worker: int = 1
     max_failures: int = 2
     """Times that the group of workers is started again after one died."""
+    decoders: int = 0
+    """Ray Data actors per worker, of one CPU each, that read and decode for it; 0: threads of the worker itself."""
     engine: str = "deepspeed"
     """deepspeed | plain"""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
 
     def __post_init__(self) -> None:
-        if self.engine not in ("deepspeed", "plain") or self.workers < 1 or self.cpus_per_worker < 1:
+        if self.engine not in ("deepspeed", "plain") or min(self.workers, self.cpus_per_worker, self.decoders + 1) < 1:
             raise MicaclError(
-                f"--scaling has engine {self.engine!r}, {self.workers} workers, {self.cpus_per_worker} CPUs each.",
+                f"--scaling has engine {self.engine!r}, {self.workers} workers, {self.cpus_per_worker} CPUs and "
+                f"{self.decoders} decoders each.",
                 "The run was not started.",
-                "Use engine deepspeed or plain, and 1 or more workers and CPUs.",
+                "Use engine deepspeed or plain, 1 or more workers and CPUs, 0 or more decoders.",
             )
 
 
@@ -104,7 +110,8 @@ def check_run(
 def train(
     data: TrainData, dataset_url: str, run_url: str, scaling: ScalingConfig, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Run or continue a checked run on the Ray that is up. Returns counts for the JSON line."""
+    """Run or continue a checked run on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
+    _require_cpus(scaling)
     store = open_store(run_url)
     before, start_s = (complete_steps(store) or [0])[-1], time.monotonic()
     job = {
@@ -117,6 +124,21 @@ def train(
     with relay(say) as progress, tempfile.TemporaryDirectory(prefix="micacl-train-") as folder:
         _fit(_trainer({**job, "progress": progress}, scaling, folder), progress)
     return _summary(run_url, data, before, time.monotonic() - start_s)
+
+
+def _require_cpus(scaling: ScalingConfig) -> None:
+    """Ray Data waits without end for CPUs that the workers hold."""
+    there, wanted = (
+        ray.cluster_resources().get("CPU", 0),
+        scaling.workers * (scaling.cpus_per_worker + scaling.decoders),
+    )
+    if scaling.decoders and there < wanted:
+        raise MicaclError(
+            f"{scaling.workers} workers with {scaling.cpus_per_worker} CPUs and {scaling.decoders} decoders each want "
+            f"{wanted} CPUs, the Ray cluster has {there:g}.",
+            "The decoders would wait for ever, and training with them.",
+            "Add CPU machines, lower --scaling.decoders, or leave it out: then each rank decodes in its own threads.",
+        )
 
 
 def _trainer(job: dict[str, Any], scaling: ScalingConfig, folder: str) -> ray.train.torch.TorchTrainer:
@@ -224,7 +246,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     hooks: list[Hook] = [Console(say), *([metrics] if metrics else []), saver]
     fit(
         engine,
-        data.batches(start, rank, ranks, nodes=-(-ranks // context.get_local_world_size())),
+        data.batches(start, rank, ranks, nodes=-(-ranks // context.get_local_world_size()), read=_reader(scaling)),
         Objective(config.loss, data.seen_counts).to(engine.device),
         config.train,
         start_step=start,
@@ -233,6 +255,13 @@ def _train_rank(job: dict[str, Any]) -> None:
         log_every=config.train.log_every,
         hooks=hooks,
     )
+
+
+def _reader(scaling: ScalingConfig) -> Callable[[Loader, int], Iterator[ClipBatch]]:
+    """(loader, epochs) -> batches: by the threads of the rank, or by Ray Data."""
+    if not scaling.decoders:
+        return Loader.batches
+    return functools.partial(ray_batches, actors=scaling.decoders)
 
 
 def _engine(config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> Engine:

@@ -19,7 +19,7 @@ Legend: B clips per rank and batch, N instances, T frames per instance, H W heig
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -50,8 +50,18 @@ class TorchBatch:
     @classmethod
     def of(cls, batch: ClipBatch) -> TorchBatch:
         """Shares the arrays' memory."""
-        values = {field.name: getattr(batch, field.name) for field in fields(cls)}
-        return cls(**{name: torch.from_numpy(v) if hasattr(v, "dtype") else v for name, v in values.items()})
+        return cls(
+            frames_BNTHWC=torch.from_numpy(batch.frames_BNTHWC),
+            labels_B=torch.from_numpy(batch.labels_B),
+            rows_B=torch.from_numpy(batch.rows_B),
+            positions_B=torch.from_numpy(batch.positions_B),
+            rng_keys_B2=torch.from_numpy(batch.rng_keys_B2),
+            mask_B=torch.from_numpy(batch.mask_B),
+            keys=batch.keys,
+            epoch=batch.epoch,
+            step=batch.step,
+            state=batch.state,
+        )
 
     def pin_memory(self) -> TorchBatch:
         """A copy that is moved to a GPU without waiting; torch's DataLoader calls it."""

@@ -97,6 +97,7 @@ class Loader:
         self._at = (0, 0)
         self._end: int | None = None
         self._batches: tuple[int, BagStream, Iterator[ClipBatch]] | None = None
+        self._single: tuple[int, BagStream] | None = None
 
     def plan(self, epoch: int) -> EpochPlan:
         """The plan of an epoch; the last few are kept."""
@@ -125,6 +126,14 @@ class Loader:
         while self._at[0] < epochs:
             yield self._take()
 
+    def batch(self, epoch: int, step: int) -> ClipBatch:
+        """One batch by its place. Does not move the loader, and reads nothing ahead."""
+        if self._single is None or self._single[0] != os.getpid():
+            self._single = (os.getpid(), self._reader(epoch))
+        draws = self.plan(epoch).draws(step, self.rank, self.ranks)
+        (decoded,) = self._single[1].read_batches([draws], train=self.train)
+        return _batch(decoded, epoch, step, self.state_after(epoch, step))
+
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is, as plain values. The same on every rank that has taken as many batches."""
         epoch, step = self._at
@@ -149,9 +158,10 @@ class Loader:
 
     def close(self) -> None:
         """Give back threads and files. Iterating opens them again."""
-        if self._batches is not None and self._batches[0] == os.getpid():
-            self._batches[1].close()
-        self._batches = None
+        for held in (self._batches, self._single):
+            if held is not None and held[0] == os.getpid():  # what a fork left us is its parent's to close
+                held[1].close()
+        self._batches = self._single = None
 
     def __enter__(self) -> Self:
         return self
@@ -163,17 +173,16 @@ class Loader:
         return {
             "of": (self.dataset, self.split, self.config, self.stream),
             "as": {"rank": self.rank, "ranks": self.ranks, "nodes": self.nodes, "train": self.train},
-            "at": self._at,
+            "at": (self._at, self.stripe),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["of"], **state["as"])  # type: ignore[misc]
-        self._at = state["at"]
+        self._at, self.stripe = state["at"]
 
     def _take(self) -> ClipBatch:
         if self._batches is None or self._batches[0] != os.getpid():  # threads do not come along through a fork
-            plan = self.plan(self._at[0])
-            reader = BagStream(self.dataset, self.rows, self.stream, plan=plan, nodes=self.nodes)
+            reader = self._reader(self._at[0])
             self._batches = (os.getpid(), reader, self._read(reader))
         try:
             batch = next(self._batches[2])
@@ -185,12 +194,15 @@ class Loader:
             self._at = (batch.epoch + 1, 0)
         return batch
 
+    def _reader(self, epoch: int) -> BagStream:
+        return BagStream(self.dataset, self.rows, self.stream, plan=self.plan(epoch), nodes=self.nodes)
+
     def _read(self, reader: BagStream) -> Iterator[ClipBatch]:
         """Reads ahead across epochs."""
         here, ahead = tee(self._places(*self._at))
         draws = (self.plan(epoch).draws(step, self.rank, self.ranks) for epoch, step in ahead)
         for (epoch, step), decoded in zip(here, reader.read_batches(draws, train=self.train), strict=False):
-            yield _batch(decoded, epoch, step, self._state_after(epoch, step))
+            yield _batch(decoded, epoch, step, self.state_after(epoch, step))
 
     def _places(self, epoch: int, step: int) -> Iterator[tuple[int, int]]:
         """(epoch, step) from here on."""
@@ -202,7 +214,8 @@ class Loader:
         worker, workers = self.stripe
         return range(step + worker, self.plan(epoch).steps, workers)
 
-    def _state_after(self, epoch: int, step: int) -> dict[str, Any]:
+    def state_after(self, epoch: int, step: int) -> dict[str, Any]:
+        """The state that resumes behind a batch."""
         plan = self.plan(epoch)
         after = plan.state(step + 1) if step + 1 < plan.steps else self.plan(epoch + 1).state(0)
         return after.to_dict()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,9 +13,11 @@ from micacl.batch import Batch, collate
 from micacl.config import RunConfig
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
-from pipeline.loader import Loader
+from pipeline.loader import ClipBatch, Loader
 from pipeline.plan import EpochPlan, PlanState, class_weights, require_same_plan
 from pipeline.rows import SplitRows, split_rows
+
+Read = Callable[[Loader, int], Iterator[ClipBatch]]
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,18 @@ class TrainData:
         """Refuse to continue on another dataset version, or with another plan. Raises MicaclError."""
         require_same_plan(state, self.plan_of(state.epoch))
 
-    def batches(self, start_step: int, rank: int, ranks: int, nodes: int = 1) -> Iterator[Batch]:
-        """This rank's batches of steps start_step, start_step + 1, ... to the end, read ahead across epochs."""
+    def batches(
+        self, start_step: int, rank: int, ranks: int, nodes: int = 1, read: Read = Loader.batches
+    ) -> Iterator[Batch]:
+        """This rank's batches of steps start_step, start_step + 1, ... to the end, read ahead across epochs.
+
+        Args:
+            nodes: machines over which the ranks are spread.
+            read: (loader, epochs) -> batches, for another way of reading them.
+        """
         with self._loader_of(rank, ranks, nodes) as loader:
             loader.seek(*divmod(start_step, self.steps_per_epoch))
-            clips = loader.batches(self.config.train.epochs)
+            clips = read(loader, self.config.train.epochs)
             yield from ahead(collate(batch, self.config.batch, train=True) for batch in clips)
 
     @cached_property
