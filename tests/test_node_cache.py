@@ -140,6 +140,15 @@ def test_what_is_handed_out_is_read_only_and_private(folder: Path, log: Path) ->
     assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o600}
 
 
+def test_a_relative_folder_stays_where_it_is(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with NodeCache(Path("here"), LIMIT) as cache:
+        monkeypatch.chdir("/")
+        cache.get("name with \udcff", Fetch("a", log))
+        assert holds(tmp_path / "here", "a")
+        assert pickle.loads(pickle.dumps(cache)).folder == tmp_path / "here"
+
+
 def test_an_empty_object(folder: Path) -> None:
     for _ in range(2):
         with NodeCache(folder, LIMIT) as cache:
