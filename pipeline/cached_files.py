@@ -56,7 +56,7 @@ class Mapped:
 
 def place(folder: Path, name: str) -> Path:
     """Where the object of this name lies, or would lie."""
-    return folder / hashlib.sha256(name.encode()).hexdigest()
+    return folder / hashlib.sha256(name.encode(errors="surrogatepass")).hexdigest()
 
 
 def part(path: Path) -> Path:

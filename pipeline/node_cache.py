@@ -47,7 +47,7 @@ class NodeCache:
 
     def __init__(self, folder: Path | None, limit_bytes: int) -> None:
         """Never fails for want of a folder: without one it hands out what it fetches."""
-        self.folder, self.limit_bytes = folder, limit_bytes
+        self.folder, self.limit_bytes = folder and folder.absolute(), limit_bytes
         self._maps: OrderedDict[str, Mapped] = OrderedDict()
         self._said = self._closed = False
         self._pid = -1
@@ -103,9 +103,10 @@ class NodeCache:
         path, private = self._enter()
         with flocks.guard:
             if self._pid != os.getpid():
-                self._pid, self._path = os.getpid(), path
+                self._path = path
                 # Also at the end of a process, and of a forked worker, after those that it waits for: last.
                 self._finalizer = Finalize(self, _leave, (private,), exitpriority=-1)
+                self._pid = os.getpid()
                 return path
         _leave(private)  # another thread was first
         return self._path

@@ -32,8 +32,7 @@ class PrivateFolder:
 
     path: Path
     users: int
-    """Descriptor of the shared lock."""
-    pid: int
+    """Descriptor of the shared lock, of this process: a forked child has none."""
 
 
 def enter(stem: str) -> PrivateFolder:
@@ -50,9 +49,7 @@ def enter(stem: str) -> PrivateFolder:
 
 
 def leave(folder: PrivateFolder) -> None:
-    """Deletes the folder if nobody else uses it. Does nothing in a forked child, whose folder it is not."""
-    if folder.pid != os.getpid():
-        return
+    """Deletes the folder if nobody else uses it. For the process that entered, not for a forked child of it."""
     with contextlib.suppress(OSError):  # of which BlockingIOError: there are other users
         fcntl.flock(folder.users, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if flocks.named(folder.path / _USERS, folder.users):
@@ -73,7 +70,7 @@ def _join(path: Path) -> PrivateFolder | None:
                     _clear(path)
             users = flocks.take(path / _USERS, fcntl.LOCK_SH)
             assert users is not None
-            return PrivateFolder(path, users, os.getpid())
+            return PrivateFolder(path, users)
 
 
 def _ours(path: Path) -> bool:

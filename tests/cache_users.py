@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import random
 import signal
 import threading
 import time
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -88,13 +90,27 @@ def _serve(pipe: Connection, how: NodeCache | tuple[Path | None, int]) -> None:
             case ["fork", fetch]:
                 pipe.send(_fork(cache, fetch))
             case ["get in a forked worker", fetch]:
-                worker = multiprocessing.get_context("fork").Process(target=cache.get, args=(fetch.name, fetch))
-                worker.start()
-                worker.join()
-                pipe.send(worker.exitcode)
+                pipe.send(_worker(cache.get, fetch.name, fetch))
+            case ["close in a forked worker"]:
+                pipe.send(_worker(cache.close))
+            case ["get for ever", seed]:
+                _get_for_ever(cache, random.Random(seed))
             case ["close"]:
                 cache.close()
                 pipe.send("closed")
+
+
+def _worker(work: Callable[..., object], *args: object) -> int | None:
+    worker = multiprocessing.get_context("fork").Process(target=work, args=args)
+    worker.start()
+    worker.join()
+    return worker.exitcode
+
+
+def _get_for_ever(cache: NodeCache, order: random.Random) -> None:
+    while True:
+        name = order.choice("abcdefghijklmnop")
+        assert cache.get(name, Fetch(name, Path(os.devnull), seconds=order.random() * 0.002)) == data_of(name)
 
 
 def _fork(cache: NodeCache, fetch: Fetch | None) -> int:

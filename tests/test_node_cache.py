@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 import pickle
+import random
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import node_cache
+from pipeline.cached_files import place
 from pipeline.node_cache import NodeCache
 from tests.cache_users import Fetch, User, data_of, fetches
 
@@ -55,20 +57,20 @@ def start() -> Iterator[Callable[..., User]]:
 @pytest.fixture
 def tmp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of temporary files, here and in the processes that a test starts."""
-    place = tmp_path / "tmp"
-    place.mkdir()
-    monkeypatch.setenv("TMPDIR", str(place))
+    own = tmp_path / "tmp"
+    own.mkdir()
+    monkeypatch.setenv("TMPDIR", str(own))
     monkeypatch.setattr(tempfile, "tempdir", None)
-    return place
+    return own
 
 
 def usual(tmp: Path) -> Path:
     return tmp / f"micacl-cache-{os.geteuid()}"
 
 
-def finished(folder: Path) -> dict[int, str]:
-    """Sizes of the objects held, with the name of the file."""
-    return {p.stat().st_size - TRAILER: p.name for p in folder.iterdir() if len(p.name) == 64}
+def finished(folder: Path) -> list[int]:
+    """Bytes of each object held, in order of size."""
+    return sorted(p.stat().st_size - TRAILER for p in folder.iterdir() if len(p.name) == 64)
 
 
 def parts(folder: Path) -> list[Path]:
@@ -76,7 +78,7 @@ def parts(folder: Path) -> list[Path]:
 
 
 def holds(folder: Path, *names: str) -> bool:
-    return sorted(finished(folder)) == sorted(len(data_of(name)) for name in names)
+    return finished(folder) == sorted(len(data_of(name)) for name in names)
 
 
 def wait_for(what: Callable[[], bool]) -> None:
@@ -98,7 +100,7 @@ def in_threads(count: int, work: Callable[[int], object]) -> list[object]:
         except Exception as error:
             out[i] = error
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
+    threads = [threading.Thread(target=run, args=(i,), daemon=True) for i in range(count)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -138,6 +140,15 @@ def test_what_is_handed_out_is_read_only_and_private(folder: Path, log: Path) ->
     assert {p.stat().st_mode & 0o777 for p in folder.iterdir()} == {0o600}
 
 
+def test_a_relative_folder_stays_where_it_is(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with NodeCache(Path("here"), LIMIT) as cache:
+        monkeypatch.chdir("/")
+        cache.get("name with \udcff", Fetch("a", log))
+        assert holds(tmp_path / "here", "a")
+        assert pickle.loads(pickle.dumps(cache)).folder == tmp_path / "here"
+
+
 def test_an_empty_object(folder: Path) -> None:
     for _ in range(2):
         with NodeCache(folder, LIMIT) as cache:
@@ -161,6 +172,31 @@ def test_a_waiter_takes_over_from_a_killed_fetcher(folder: Path, log: Path, star
     assert fetches(log) == ["a", "a"]
     assert holds(folder, "a")
     assert not parts(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("given", [True, False], ids=["given", "own"])
+def test_processes_killed_at_random(given: bool, tmp: Path, folder: Path, start: Callable[..., User]) -> None:
+    order = random.Random(5)
+    users: list[User] = []
+    for turn in range(24):
+        users.append(start(folder if given else None, 12_000).ask("get for ever", turn))
+        if len(users) == 4:
+            time.sleep(order.random() * 0.1)
+            victim = users.pop(order.randrange(4))
+            victim.kill()
+            assert victim.process.exitcode == -signal.SIGKILL
+    with NodeCache(folder if given else None, 12_000) as cache:
+        for name in "abcdefghijklmnop":
+            assert cache.get(name, Fetch(name, Path(os.devnull))) == data_of(name)
+        for user in users:
+            user.kill()
+            assert user.process.exitcode == -signal.SIGKILL
+    with NodeCache(folder if given else None, 12_000):
+        left = folder if given else usual(tmp)
+        assert not parts(left)
+        assert sum(size + TRAILER for size in finished(left)) <= 12_000
+    assert not list(tmp.iterdir())
 
 
 class Down(OSError):
@@ -209,8 +245,8 @@ def test_a_waiting_thread_tries_again_itself(folder: Path) -> None:
     caches=st.integers(1, 3),
 )
 def test_the_files_are_bounded(limit: int, order: list[str], caches: int) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as base:
+        folder = Path(base)
         many = [NodeCache(folder, limit) for _ in range(caches)]
         for i, name in enumerate(order):
             assert many[i % caches].get(name, lambda name=name: data_of(name)) == data_of(name)  # type: ignore[misc]
@@ -225,17 +261,17 @@ def test_the_files_are_bounded(limit: int, order: list[str], caches: int) -> Non
 def test_the_files_are_bounded_at_every_moment(limit: int, orders: list[list[str]]) -> None:
     seen: list[int] = []
 
-    with tempfile.TemporaryDirectory() as place, NodeCache(Path(place), limit) as cache:
+    with tempfile.TemporaryDirectory() as base, NodeCache(Path(base), limit) as cache:
 
         def work(i: int) -> None:
             for name in orders[i]:
                 assert cache.get(name, Fetch(name, Path(os.devnull))) == data_of(name)
-                there = [p for p in Path(place).iterdir() if len(p.name) == 64]
+                there = [p for p in Path(base).iterdir() if len(p.name) == 64]
                 seen.append(sum(map(size_of, there)) if len(there) > 1 else 0)
 
         assert in_threads(4, work) == [None] * 4
-        total = sum(size + TRAILER for size in finished(Path(place)))
-        assert total <= limit or len(finished(Path(place))) == 1
+        total = sum(size + TRAILER for size in finished(Path(base)))
+        assert total <= limit or len(finished(Path(base))) == 1
     assert max(seen) <= limit
 
 
@@ -253,10 +289,10 @@ def test_the_least_recently_used_goes_first(folder: Path, log: Path) -> None:
         for name in "abc":
             cache.get(name, Fetch(name, log))
         for i, name in enumerate("abc"):
-            os.utime(folder / finished(folder)[len(data_of(name))], (i + 1, i + 1))
+            os.utime(place(folder, name), (i + 1, i + 1))
         other.get("a", Fetch("a", log))
         other.get("d", lambda: b"d")
-        assert sorted(finished(folder)) == sorted([1, len(data_of("a")), len(data_of("c"))])
+        assert finished(folder) == sorted([1, len(data_of("a")), len(data_of("c"))])
     assert fetches(log) == ["a", "b", "c"]
 
 
@@ -265,12 +301,12 @@ def test_a_mapped_file_that_is_used_stays(folder: Path, log: Path, monkeypatch: 
     with NodeCache(folder, room) as cache:
         for name in "ab":
             cache.get(name, Fetch(name, log))
-        for file in finished(folder).values():
-            os.utime(folder / file, (1, 1))
+        for name in "ab":
+            os.utime(place(folder, name), (1, 1))
         monkeypatch.setattr(node_cache, "TOUCH_S", 0.0)
         cache.get("a", Fetch("a", log))
         cache.get("d", lambda: b"d")
-        assert sorted(finished(folder)) == sorted([1, len(data_of("a"))])
+        assert finished(folder) == sorted([1, len(data_of("a"))])
 
 
 def test_an_object_larger_than_the_limit(folder: Path, log: Path) -> None:
@@ -434,7 +470,7 @@ def test_a_given_folder_is_kept(folder: Path, log: Path, start: Callable[..., Us
 def test_a_file_cut_short_is_fetched_again(keep: float, zeros: bool, folder: Path, log: Path) -> None:
     with NodeCache(folder, LIMIT) as cache:
         cache.get("a", Fetch("a", log))
-    path = folder / finished(folder)[len(data_of("a"))]
+    path = place(folder, "a")
     whole = path.stat().st_size
     os.truncate(path, int(whole * keep if 0 < keep < 1 else keep % whole))
     if zeros:
@@ -497,9 +533,9 @@ with NodeCache(folder, 10**6) as cache:
 
 @pytest.mark.parametrize("how", ["full", "read only", "gone"])
 def test_fetched_bytes_where_the_disk_refuses(how: str) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        os.chmod(place, 0o755)
-        folder = Path(place) / "cache"
+    with tempfile.TemporaryDirectory() as base:
+        os.chmod(base, 0o755)
+        folder = Path(base) / "cache"
         done = subprocess.run(
             [sys.executable, "-c", UNWRITABLE, folder, how], check=False, capture_output=True, text=True
         )
@@ -554,6 +590,7 @@ def test_the_locks_of_the_parent_outlive_a_child(tmp: Path, log: Path, start: Ca
     parent = start(None, LIMIT)
     parent.get("a", log)
     assert parent.ask("get in a forked worker", Fetch("b", log)).answer() == 0
+    assert parent.ask("close in a forked worker").answer() == 0
     with NodeCache(None, LIMIT):
         assert holds(usual(tmp), "a", "b")
     assert holds(usual(tmp), "a", "b")
