@@ -40,14 +40,16 @@ class StreamConfig:
     """That fetch from storage far away, per rank."""
     reads: str = "auto"
     """Of storage far away: `whole` shards, `range` (bags alone), or `auto`: whichever fits the plan."""
+    range_mb: int = 256
+    """Bags kept in memory, per rank, of those that are read alone."""
     cache_mb: int = 4096
-    """Bytes kept on the local disk of a node for all its ranks."""
+    """Shards kept on the local disk of a node, for all its ranks."""
     cache_dir: str = ""
     """Folder of that cache, kept between runs; default one of its own that goes with its last user."""
 
     def __post_init__(self) -> None:
-        least = (self.frames, self.lookahead, self.prefetch, self.threads, self.io_threads, self.cache_mb)
-        if min(least) < 1:
+        read = (self.prefetch, self.threads, self.io_threads, self.range_mb, self.cache_mb)
+        if min(self.frames, self.lookahead, *read) < 1:
             raise MicaclError(
                 "A field of --stream is below 1.", "No clip could be read.", "Give 1 or more for each of them."
             )

@@ -13,10 +13,11 @@ V = TypeVar("V")
 
 
 class Once(Generic[K, V]):
-    """Holds at most `limit` values. A failure is passed to all who wait for it, and not remembered."""
+    """Holds values up to `limit` in all. A failure is passed to all who wait for it, and not remembered."""
 
-    def __init__(self, limit: int) -> None:
-        self.limit = limit
+    def __init__(self, limit: int, size: Callable[[V], int] = lambda _: 1) -> None:
+        """`size` of a value; by default `limit` counts values."""
+        self.limit, self.size, self.total = limit, size, 0
         self._lock = threading.Lock()
         self._values: OrderedDict[K, Future[V]] = OrderedDict()
 
@@ -33,6 +34,13 @@ class Once(Generic[K, V]):
             self._make(key, future, make)
         return future.result()
 
+    def forget(self, key: K) -> None:
+        """The next `get` makes it anew."""
+        with self._lock:
+            future = self._values.get(key)
+            if future is not None and future.done():
+                self.total -= self.size(self._values.pop(key).result())
+
     def _make(self, key: K, future: Future[V], make: Callable[[], V]) -> None:
         try:
             value = make()
@@ -41,9 +49,14 @@ class Once(Generic[K, V]):
                 self._values.pop(key, None)
             future.set_exception(error)
             raise
-        future.set_result(value)
         with self._lock:
-            for old in [k for k, f in self._values.items() if f.done() and k != key]:
-                if len(self._values) <= self.limit:
-                    break
-                del self._values[old]
+            self.total += self.size(value)
+            if self.total > self.limit:
+                self._make_room(key)
+        future.set_result(value)
+
+    def _make_room(self, key: K) -> None:
+        for old in [k for k, f in self._values.items() if f.done() and k != key]:
+            self.total -= self.size(self._values.pop(old).result())
+            if self.total <= self.limit:
+                break

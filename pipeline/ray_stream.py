@@ -44,10 +44,11 @@ def ray_batches(loader: Loader, epochs: int, *, actors: int, cpus_per_actor: flo
 
 def _run(loader: Loader, places: range, actors: int, cpus_per_actor: float) -> Iterator[ClipBatch]:
     """The batches of some steps of the run, counted through its epochs."""
-    rows = ray.data.range(len(places), override_num_blocks=-(-len(places) // _STEPS_PER_TASK))
+    # Not ray.data.range: its tasks would want a CPU each, and wait for ever when the actors hold them all.
+    rows = ray.data.from_items(list(places), override_num_blocks=-(-len(places) // _STEPS_PER_TASK))
     decoded = rows.map_batches(
         _Decode,
-        fn_constructor_args=(loader, places),
+        fn_constructor_args=(loader,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=cpus_per_actor,
@@ -61,13 +62,12 @@ def _run(loader: Loader, places: range, actors: int, cpus_per_actor: float) -> I
 class _Decode:
     """An actor that holds a loader."""
 
-    def __init__(self, loader: Loader, places: range) -> None:
-        self.loader, self.places = loader, places
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, Any]:
         """One batch, a row a clip."""
-        place = self.places[int(rows["id"][0])]
-        batch = self.loader.batch(*divmod(place, self.loader.steps_per_epoch))
+        batch = self.loader.batch(*divmod(int(rows["item"][0]), self.loader.steps_per_epoch))
         return {
             "frames": batch.frames_BNTHWC,
             "label": batch.labels_B,

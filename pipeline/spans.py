@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.contract import MicaclError, digest
+from pipeline.decode import StreamConfig
 from pipeline.node_cache import NodeCache
 from pipeline.once import Once
 from pipeline.rows import Place, SplitRows
@@ -90,17 +90,18 @@ class _File:
 
 
 class RemoteSpans:
-    """Reads whole shards or single bags through the cache that the processes of a node share."""
+    """Reads whole shards through the cache that the processes of a node share, and single bags into memory."""
 
     def __init__(
-        self, rows: SplitRows, whole_S: NDArray[np.bool_], cache: NodeCache, threads: int, checked: Checked
+        self, rows: SplitRows, whole_S: NDArray[np.bool_], cache: NodeCache, config: StreamConfig, checked: Checked
     ) -> None:
         """`checked`: forgets the rows of what was fetched."""
         self.rows, self.store, self.cache = rows, rows.dataset.store, cache
         self._whole_S, self._checked_rows = whole_S, checked
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="stream-io")
+        self._bags: Once[int, memoryview] = Once(config.range_mb * 2**20, len)
+        self._pool = ThreadPoolExecutor(config.io_threads, thread_name_prefix="stream-io")
         self._lock = threading.Lock()
-        self._asked: dict[object, Future[None]] = {}
+        self._asked: set[object] = set()
 
     def ask(self, row: int) -> None:
         shard = self.rows.shard_of(row)
@@ -108,41 +109,35 @@ class RemoteSpans:
         with self._lock:
             if unit in self._asked:
                 return
-            future: Future[None] = Future()
-            self._asked[unit] = future
+            self._asked.add(unit)
         self._pool.submit(self._fetch, unit, row)
 
     def view(self, row: int, place: Place) -> memoryview:
         if not self._whole_S[shard := self.rows.shard_of(row)]:
-            return self.cache.get(self._name(row, place), self._getter(place.shard, row, row + 1, place))
-        first, last = self.rows.rows_of(shard)
-        whole = self.cache.get(self._name(row, place), self._getter(place.shard, first, last))
+            return self._bags.get(row, lambda: memoryview(self._get(row, row + 1, place)))
+        whole = self.cache.get(
+            self.store.url(place.shard), lambda: self._get(*self.rows.rows_of(shard), place, whole=True)
+        )
         return whole[place.offset : place.offset + place.size]
 
     def checked(self, row: int, place: Place, view: memoryview, where: str) -> memoryview:
         if not matches(view, place):  # perhaps the fault of a disk that kept the cache between runs: fetch it once more
-            self.cache.forget(self._name(row, place))
+            if self._whole_S[self.rows.shard_of(row)]:
+                self.cache.forget(self.store.url(place.shard))
+            self._bags.forget(row)
             view = self.view(row, place)
         require_sha256(view, place, where)
         return view
 
-    def _name(self, row: int, place: Place) -> str:
-        url = self.store.url(place.shard)
-        return url if self._whole_S[self.rows.shard_of(row)] else f"{url}@{place.offset}+{place.size}"
-
-    def _getter(self, path: str, first: int, last: int, place: Place | None = None) -> Callable[[], bytes]:
-        """What fetches a shard, or the bag at `place`; rows first..last lie in it."""
-
-        def get() -> bytes:
-            self._checked_rows.discard(first, last)
-            try:
-                if place is None:
-                    return self.store.get(path)
-                return self.store.read_range(path, place.offset, place.size)
-            except FileNotFoundError as error:
-                raise missing(self.store, path) from error
-
-        return get
+    def _get(self, first: int, last: int, place: Place, *, whole: bool = False) -> bytes:
+        """The shard, or the bag at `place`; rows first..last lie in it."""
+        self._checked_rows.discard(first, last)
+        try:
+            if whole:
+                return self.store.get(place.shard)
+            return self.store.read_range(place.shard, place.offset, place.size)
+        except FileNotFoundError as error:
+            raise missing(self.store, place.shard) from error
 
     def _fetch(self, unit: object, row: int) -> None:
         """Warm the caches. A failure is not told here: `view` meets it again, in its place in the order."""
@@ -152,7 +147,7 @@ class RemoteSpans:
             pass
         finally:
             with self._lock:
-                self._asked.pop(unit).set_result(None)
+                self._asked.discard(unit)
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

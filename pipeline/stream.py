@@ -116,7 +116,7 @@ class BagStream:
         is_open = open_bytes_in_order(self.rows, 1) if plan is None else open_bytes_of_plan(self.rows, plan)
         whole_S = whole_shards(self.rows, is_open, mode=config.reads, cache_bytes=limit, nodes=nodes)
         cache = NodeCache(Path(config.cache_dir) if config.cache_dir else None, limit)
-        return RemoteSpans(self.rows, whole_S, cache, config.io_threads, self._checked)
+        return RemoteSpans(self.rows, whole_S, cache, config, self._checked)
 
     def close(self) -> None:
         self._spans.close()

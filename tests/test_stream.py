@@ -384,7 +384,7 @@ def test_only_the_frames_that_are_used_are_decoded(dataset: Dataset) -> None:
         decode_bag(broken, StreamConfig(frames=FRAMES), None)
 
 
-@pytest.mark.parametrize("field", ["frames", "lookahead", "prefetch", "threads", "io_threads", "cache_mb"])
+@pytest.mark.parametrize("field", ["frames", "lookahead", "prefetch", "threads", "io_threads", "range_mb", "cache_mb"])
 def test_a_config_below_one_is_refused(field: str) -> None:
     with pytest.raises(MicaclError, match="below 1"):
         StreamConfig(**{field: 0})
