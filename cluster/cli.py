@@ -80,8 +80,10 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     args: TrainArgs = parse(TrainArgs, f"{prog} {name}", RECIPES[name].__doc__ or "", arguments[1:], default=default)
     dataset, run_url = absolute(args.dataset), absolute(args.run)
     data = check_run(dataset, run_url, args.config, args.scaling, args.version)
-    cpus = None if args.scaling.gpu else args.scaling.workers * args.scaling.cpus_per_worker
-    with ray_session(address=args.address, num_cpus=cpus):
+    scaling = args.scaling
+    cpus = None if scaling.gpu or scaling.decoders else scaling.workers * scaling.cpus_per_worker
+    store_mb = 1000 if scaling.decoders else 400  # decoded batches on their way
+    with ray_session(address=args.address, num_cpus=cpus, object_store_mb=store_mb):
         return {"recipe": name, **job(data, dataset, run_url, args.scaling, say)}
 
 
