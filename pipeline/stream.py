@@ -15,31 +15,32 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
 
 from pipeline.bags import Bag
+from pipeline.buffers import Buffers
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
 from pipeline.decode import Pixels, StreamConfig, decode_bag, decode_frames
 from pipeline.node_cache import NodeCache
 from pipeline.plan import Draw, EpochPlan
 from pipeline.reads import open_bytes_in_order, open_bytes_of_plan, whole_shards
-from pipeline.rows import SplitRows, table_rows
+from pipeline.rows import Place, SplitRows, table_rows
 from pipeline.shards import BagTable, find_bag, read_bag
 from pipeline.spans import Checked, LocalSpans, RemoteSpans, Spans, require_sha256
 from pipeline.storage import LocalStore
 
 __all__ = ["BagStream", "Clip", "Decoded", "StreamConfig", "decode_bag"]
 
-_TABLES = 32768
-"""Bags whose members' places are remembered; one is some 800 bytes."""
+_KNOWN = 32768
+"""Bags of which is remembered where they and their members lie; one is some kilobyte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +62,10 @@ class Decoded:
     """The clips of some draws, decoded into one array."""
 
     draws: Sequence[Draw]
-    keys: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    keys: list[str]
+    labels: list[int]
+    take: Callable[[tuple[int, ...]], Pixels] = np.empty
+    """Shape -> the array."""
     _frames: Pixels | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -76,7 +79,7 @@ class Decoded:
         """The place of clip i. Raises MicaclError if its shape is not that of the clips before it."""
         with self._lock:
             if self._frames is None:
-                self._frames = np.empty((len(self.draws), *shape), np.uint8)
+                self._frames = self.take((len(self.draws), *shape))
         if self._frames.shape[1:] != shape:
             raise MicaclError(
                 f"A batch holds clips of the shapes {sorted({self._frames.shape[1:], shape})} (the last is {key}).",
@@ -84,6 +87,14 @@ class Decoded:
                 "Prepare all videos of a dataset with the same --crop settings.",
             )
         return np.asarray(self._frames[i], np.uint8)
+
+
+class _Known(NamedTuple):
+    """What need not be looked up again of a bag that was read."""
+
+    place: Place
+    table: BagTable
+    label: int
 
 
 class BagStream:
@@ -107,7 +118,8 @@ class BagStream:
         self._url = dataset.store.url
         self._checked = Checked(len(self.rows))
         self._spans = self._open_spans(dataset, plan, nodes)
-        self._tables: dict[int, BagTable] = {}
+        self._known: dict[int, _Known] = {}
+        self._buffers = Buffers(2 + config.lookahead)
 
     def _open_spans(self, dataset: Dataset, plan: EpochPlan | None, nodes: int) -> Spans:
         if type(dataset.store) is LocalStore:
@@ -147,7 +159,7 @@ class BagStream:
 
     def read_batches(self, batches: Iterable[Sequence[Draw]], *, train: bool) -> Iterator[Decoded]:
         """The clips of each batch of draws, in order, `lookahead` of them in flight. No batch may be empty."""
-        todo = ((batch, i) for batch in map(_begin, batches) for i in range(len(batch.draws)))
+        todo = ((batch, i) for batch in map(self._begin, batches) for i in range(len(batch.draws)))
         asked: deque[tuple[Decoded, int]] = deque()
         flying: deque[tuple[Decoded, int, Future[None]]] = deque()
         ahead = max(0, self.config.prefetch - self.config.lookahead)
@@ -174,9 +186,8 @@ class BagStream:
     def _decode(self, batch: Decoded, i: int, train: bool) -> None:
         """One clip into its place. Runs in a decode thread."""
         draw = batch.draws[i]
-        row = draw.row
-        view, table = self._checked_view(row)
-        spans = table.spans
+        view, known = self._checked_view(draw.row)
+        table, spans = known.table, known.table.spans
         rng = np.random.Generator(np.random.Philox(key=np.array(draw.rng_key, np.uint64))) if train else None
 
         def member(number: int) -> memoryview:
@@ -186,23 +197,23 @@ class BagStream:
             return batch.place(i, shape, table.key)
 
         decode_frames(table, member, self.config, rng, place)
-        batch.keys[i], batch.labels[i] = table.key, self.rows.label(row)
+        batch.keys[i], batch.labels[i] = table.key, known.label
 
-    def _checked_view(self, row: int) -> tuple[memoryview, BagTable]:
-        """The span of a row and where its members lie. Raises MicaclError."""
-        place = self.rows.place(row)
-        view, table = self._spans.view(row, place), self._tables.get(row)
-        if table is not None and row in self._checked and len(view) == place.size:
-            return view, table
+    def _checked_view(self, row: int) -> tuple[memoryview, _Known]:
+        """The span of a row and what is known of it. Raises MicaclError."""
+        known = self._known.get(row)
+        place = known.place if known else self.rows.place(row)
+        view = self._spans.view(row, place)
+        if known and row in self._checked and len(view) == place.size:
+            return view, known
         where = f"{self._url(place.shard)} bag {place.key}"
         view = self._spans.checked(row, place, view, where)
         self._checked.add(row)
-        table = find_bag(view, where)
-        if len(self._tables) >= _TABLES:
-            self._tables.clear()
-        self._tables[row] = table
-        return view, table
+        known = _Known(place, find_bag(view, where), self.rows.label(row))
+        if len(self._known) >= _KNOWN:
+            self._known.clear()
+        self._known[row] = known
+        return view, known
 
-
-def _begin(draws: Sequence[Draw]) -> Decoded:
-    return Decoded(draws, [""] * len(draws), [-1] * len(draws))
+    def _begin(self, draws: Sequence[Draw]) -> Decoded:
+        return Decoded(draws, [""] * len(draws), [-1] * len(draws), self._buffers.take)
