@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,8 @@ from cluster.cli import VERBS
 from micacl.recipes import RECIPES
 from pipeline.cli import VERBS as PIPELINE_VERBS
 from pipeline.cli import run
+from pipeline.contract import DFEW_LABELS
+from tests.tiny_dataset import make_dataset
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -82,3 +87,26 @@ def test_every_recipe_builds(name: str) -> None:
 def test_no_page_names_a_private_path() -> None:
     for page in [*PAGES, *sorted((ROOT / "docs" / "decisions").glob("*.md"))]:
         assert not re.search(r"/(root|home|opt)/|file://", page.read_text()), page.name
+
+
+# The examples of the stream's page, as they stand but for the dataset's place.
+
+
+def examples() -> list[str]:
+    page = (ROOT / "docs" / "stream.md").read_text()
+    return re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(3), ids=["torch", "lightning", "ray"])
+def test_the_examples_of_the_stream_run(number: int, tmp_path: Path) -> None:
+    url = make_dataset(tmp_path / "ds", {"train": dict.fromkeys(DFEW_LABELS, 4)}, 0)
+    assert len(examples()) == 3
+    code = examples()[number].replace("s3://my-bucket/dataset", url)
+    (tmp_path / "example.py").write_text(code)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "", "RAY_TRAIN_ENABLE_STATE_TRACKING": "0"}
+    command = [sys.executable, "example.py"]
+    done = subprocess.run(
+        command, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
