@@ -45,6 +45,7 @@ VERBS: dict[str, Verb] = {
     "prepare": Verb("raw videos -> bags -> shards -> one committed version", "pipeline.cli:prepare"),
     "status": Verb("what is done, left and broken, from storage alone", "pipeline.cli:status"),
     "verify": Verb("check every hash, count and key of a dataset", "pipeline.cli:verify"),
+    "plan": Verb("how often each class and clip would be drawn, how shards would be read", "pipeline.plan_report:plan"),
     "report": Verb("a self-contained HTML page on a dataset", "pipeline.cli:report"),
     "forget": Verb("a new version without a subject or a video", "pipeline.cli:forget"),
 }
