@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 
-from micacl.ahead import ahead
 from micacl.batch import Batch, collate
 from micacl.config import RunConfig
 from pipeline.contract import MicaclError
@@ -71,7 +70,8 @@ class TrainData:
         with self._loader_of(rank, ranks, nodes) as loader:
             loader.seek(*divmod(start_step, self.steps_per_epoch))
             clips = read(loader, self.config.train.epochs)
-            yield from ahead(collate(batch, self.config.batch, train=True) for batch in clips)
+            for batch in clips:
+                yield collate(batch, self.config.batch, train=True)
 
     @cached_property
     def _loader(self) -> Loader:
