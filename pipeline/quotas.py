@@ -136,14 +136,16 @@ class BatchCounts:
         return np.asarray(block[1][within], np.int32)
 
     def _make_block(self, number: int) -> npt.NDArray[np.int32]:
-        """Extras before each step of a block, shape (_BLOCK, C); the state behind it is kept."""
-        block_TC, after_C = fair_extras(self._extra_C, self.steps, self._slots, self._marks[number], number * _BLOCK)
+        """Extras before each step of a block, shape (T, C); the state behind it is kept."""
+        first = number * _BLOCK
+        steps = min(_BLOCK, self._period - first)
+        block_TC, after_C = fair_extras(self._extra_C, self.steps, self._slots, self._marks[number], first, steps)
         self._marks[number + 1 : number + 2] = [after_C]  # by place: see EpochTotals
         return block_TC
 
 
 def fair_extras(
-    extra_C: list[int], unit: int, slots: int, taken_C: list[int], first: int, steps: int = _BLOCK
+    extra_C: list[int], unit: int, slots: int, taken_C: list[int], first: int, steps: int
 ) -> tuple[npt.NDArray[np.int32], list[int]]:
     """Rounds quotas below one clip to 0 or 1 per step, so that no class is ever a whole clip early or late.
 
