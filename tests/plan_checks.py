@@ -69,7 +69,9 @@ def make_rows(counts: Sequence[int], shard_rows: int | Sequence[int] = 8, groups
 
 def batches(plan: EpochPlan) -> Ints:
     """Rows of every step, shape (T, G)."""
-    return np.stack([plan.batch(step) for step in range(plan.steps)])
+    rows_T = [plan.batch(step) for step in range(plan.steps)]
+    assert {len(row_G) for row_G in rows_T} == {plan.config.global_batch}
+    return np.stack(rows_T)
 
 
 def chi2(observed: npt.ArrayLike, expected: npt.ArrayLike) -> float:

@@ -1,4 +1,4 @@
-"""The promises of the epoch plan over many datasets and configs. tests/test_plan_mutations.py sees each of them fail."""
+"""The promises of the epoch plan, over many splits and configs. tests/test_plan_mutations.py sees each of them fail."""
 
 from __future__ import annotations
 
