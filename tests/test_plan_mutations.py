@@ -23,8 +23,6 @@ from pipeline.runs import ClassRows
 from tests import plan_checks as check
 from tests.plan_checks import Ints, make_rows
 
-pytestmark = pytest.mark.slow
-
 Patch = pytest.MonkeyPatch
 Mutation = Callable[[Patch], None]
 
