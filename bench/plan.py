@@ -7,6 +7,7 @@ of shards alone, as a reader of a whole split does. Times are of one process, me
 
 from __future__ import annotations
 
+import dataclasses
 import datetime as dt
 import json
 import subprocess
@@ -59,6 +60,25 @@ def write_index(path: Path, rows: int) -> None:
 def read_index(path: Path) -> Iterator[tuple[Ints, Ints]]:
     for batch in pq.ParquetFile(path).iter_batches(batch_size=GROUP_ROWS):
         yield batch["label"].to_numpy(), batch["shard"].to_numpy()
+
+
+def second_key(rows: int, subjects: int) -> tuple[float, float, float]:
+    """(seconds to the first batch, to a batch of the next epoch's middle, us a step) balanced over subjects too."""
+    labels, counts = shard_list(rows)
+    groups = np.random.default_rng(0).integers(0, subjects, rows)
+    index = PlanIndex(Runs(labels, np.arange(len(labels)), counts), len(DFEW), groups=groups)
+    config = dataclasses.replace(CONFIG, second="subject")
+    clock = [time.perf_counter()]
+    plan = EpochPlan(index, config, 0)
+    plan.batch(0)
+    clock.append(time.perf_counter())
+    EpochPlan(index, config, 1).batch(plan.steps // 2)
+    clock.append(time.perf_counter())
+    for step in range(1, STEPS):
+        plan.batch(step)
+    clock.append(time.perf_counter())
+    first, middle, steps = np.diff(clock).tolist()
+    return first, middle, steps / (STEPS - 1) * 1e6
 
 
 def peak_mib() -> float:
@@ -129,6 +149,11 @@ def main(largest: int) -> None:
                 seconds = " | ".join(f"{said[name]:.3f}" for name in names)
                 shards = f"{rows:,} | {said['runs']:,.0f}"
                 print(f"| {shards} | {source} | {said['MiB']:.0f} | {said['us a step']:.0f} | {seconds} |", flush=True)
+    print("\n| rows | subjects | first batch, s | a batch of the middle, s | us a step |")
+    print("| ---: | ---: | ---: | ---: | ---: |")
+    for rows, subjects in [(10**6, 1000), (10**6, 30_000)] if largest >= 10**6 else []:
+        first, middle, step = second_key(rows, subjects)
+        print(f"| {rows:,} | {subjects:,} | {first:.2f} | {middle:.2f} | {step:.0f} |")
 
 
 if __name__ == "__main__":
