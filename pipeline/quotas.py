@@ -75,8 +75,8 @@ class EpochTotals:
         for *_, label in sorted(self._urgency(label, due_C[label], given_C[label], epoch) for label in begun)[:left]:
             given_C[label] += 1
         owed_C = [due - given * UNIT for due, given in zip(due_C, given_C, strict=True)]
-        self._owed[epoch + 1 :] = [owed_C]  # by place, so that two threads that do the same do no harm
-        self._taken[epoch + 1 :] = [self._taken[epoch] + np.array(given_C, np.int64) + self._least]
+        self._owed[epoch + 1 : epoch + 2] = [owed_C]  # by place, so that two threads that do the same do no harm
+        self._taken[epoch + 1 : epoch + 2] = [self._taken[epoch] + np.array(given_C, np.int64) + self._least]
 
     def _urgency(self, label: int, due: int, given: int, epoch: int) -> tuple[float, int, int]:
         """Of a clip that a class has begun to be owed: (epoch in which it is owed whole, -part owed now, class)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -109,6 +110,18 @@ def test_a_step_beyond_the_first_block_is_that_of_a_pass_in_order(second: str) -
     for step in np.random.default_rng(0).permutation(len(in_order))[:60].tolist():
         assert np.array_equal(used.batch(step), in_order[step])
     check.check_batch_counts(rows, config, 1)
+
+
+@pytest.mark.parametrize("second", ["", "subject"])
+def test_threads_that_share_a_plan_see_one_sequence(second: str) -> None:
+    rows = make_rows([300, 40, 9], 7)
+    config = PlanConfig(policy="sqrt", global_batch=6, steps_per_epoch=2 * _BLOCK + 3, second=second)
+    in_order = batches(rows.plan(config, 3))
+    shared = rows.plan(config, 3)
+    steps = np.random.default_rng(0).permutation(len(in_order))[:400].tolist()
+    with ThreadPoolExecutor(8) as pool:
+        for step, row_G in zip(steps, pool.map(shared.batch, steps), strict=True):
+            assert np.array_equal(row_G, in_order[step])
 
 
 def test_the_rng_key_is_of_seed_epoch_and_position_only() -> None:
