@@ -30,6 +30,9 @@ from pipeline.runs import ClassRows, Ints
 
 _MASTER, _IN_SHARD, _CYCLE, _WINDOW = range(4)  # the first word of each key: no two uses share their bits
 
+_GROUPS = 4096
+"""Groups of a class whose orders are in memory; one is some 2 kB, and any can be made again."""
+
 
 def random_words(count: int, seed: int, *key: int) -> npt.NDArray[np.uint64]:
     """`count` random 64-bit words that are a function of the key: raw Philox keyed by SeedSequence.
@@ -41,6 +44,8 @@ def random_words(count: int, seed: int, *key: int) -> npt.NDArray[np.uint64]:
 
 def shuffled(count: int, seed: int, *key: int) -> Ints:
     """A permutation of 0..count that is a function of the key."""
+    if count < 2:  # most groups of a second key have one shard, and many one clip
+        return np.arange(count)
     return np.argsort(random_words(count, seed, *key), kind="stable")
 
 
@@ -162,13 +167,16 @@ class GroupedOrder:
         return np.array([self._rows_G[g][i] for g, i in zip(groups, items, strict=True)], np.int64)
 
     def _of_group(self, group: int) -> Cycles:
-        if group not in self._inner:
+        cycles = self._inner.get(group)
+        if cycles is None:
             turns, place = self._turns, int(self._place_G[group])
             before = max(0, -(-(self._before - place) // turns.items))  # times the circle has passed this place
             draws = turns.whole_cycles + int((place - turns.offset) % turns.items < turns.rest)
             sizes = np.array([len(self._rows_G[group])])
-            self._inner[group] = self._cycles_of(sizes, before, draws, (1, group))
-        return self._inner[group]
+            cycles = self._cycles_of(sizes, before, draws, (1, group))
+            self._inner = self._inner if len(self._inner) < _GROUPS else {}
+            self._inner[group] = cycles
+        return cycles
 
 
 CyclesOf = Callable[[Ints, int, int, tuple[int, ...]], Cycles]

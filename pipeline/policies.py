@@ -133,7 +133,7 @@ def _normal(counts_C: Ints, policy: str, config: PlanConfig) -> Floats:
                 f"--plan.weights has {len(config.weights)} weights for {len(n_C)} classes.",
                 "Give one for each class, in the order of the label set.",
             )
-        share_C = np.array(config.weights)
+        share_C = np.array(config.weights) / max(config.weights)
     elif policy == "effective":
         share_C = n_C * (1 - config.beta) / -np.expm1(n_C * np.log(config.beta)) if config.beta else n_C
     else:
@@ -145,7 +145,7 @@ def _normal(counts_C: Ints, policy: str, config: PlanConfig) -> Floats:
 def _lifted(share_C: Floats, config: PlanConfig) -> Floats:
     """Every class at least at the floor; what is left is shared in proportion, and again while that sinks another."""
     floor = config.clips_per_class / config.global_batch
-    if floor * len(share_C) > 1:
+    if config.clips_per_class * len(share_C) > config.global_batch:
         refuse(
             f"--plan.clips-per-class {config.clips_per_class} for {len(share_C)} classes needs a global batch of "
             f"{config.clips_per_class * len(share_C)}, it is {config.global_batch}.",
