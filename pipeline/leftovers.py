@@ -120,6 +120,8 @@ def _of_copies(done: Outcome) -> Iterator[tuple[str, str, str]]:
     if done.dataset.startswith("s3://"):
         do = "Expire them by a lifecycle rule, or delete them; object lock keeps them until it ends."
         yield "old object versions, replicas and backups of the bucket", done.dataset, do
+        do = "Delete folders of --stream.cache-dir, and micacl-cache-* in the temporary folder of machines that died."
+        yield "shards that training machines keep", "wherever the dataset was read", do
     else:
         yield "backups and snapshots of the folder", done.dataset, "Delete them from there."
     do = "Run the same command on copies of the dataset; delete reports, predictions and downloads that show them."
