@@ -79,7 +79,8 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=RECIPES[name]())
     args: TrainArgs = parse(TrainArgs, f"{prog} {name}", RECIPES[name].__doc__ or "", arguments[1:], default=default)
     dataset, run_url = absolute(args.dataset), absolute(args.run)
-    data = check_run(dataset, run_url, args.config, args.scaling, args.version)
+    from_run = absolute(args.from_run) if args.from_run else None
+    data = check_run(dataset, run_url, args.config, args.scaling, args.version, from_run)
     scaling = args.scaling
     cpus = None if scaling.gpu or scaling.decoders else scaling.workers * scaling.cpus_per_worker
     store_mb = 1000 if scaling.decoders else 400  # decoded batches on their way

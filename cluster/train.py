@@ -23,6 +23,7 @@ import ray.train.torch
 import torch
 import tyro
 
+from cluster.claim import claim, claimed
 from cluster.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
 from cluster.progress import relay
 from micacl.bundle import run_state
@@ -38,14 +39,12 @@ from micacl.train.hooks.console import Console
 from micacl.train.hooks.jsonl import METRICS, JsonLines
 from micacl.train.loop import fit
 from pipeline.cli import DatasetUrl
-from pipeline.contract import MicaclError, canonical_json, json_object
+from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
 from pipeline.loader import ClipBatch, Loader
 from pipeline.plan import PlanState
 from pipeline.ray_stream import ray_batches
 from pipeline.storage import open_store
-
-CONFIG = "config.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +84,9 @@ class TrainArgs:
     """Where the run goes: folder or s3://bucket/prefix."""
     version: int | None = None
     """Dataset version; default the newest."""
+    from_run: str | None = None
+    """Begin with weights and optimiser of this run's newest checkpoint, at the start of its epoch. For going on with
+    another dataset version, global batch, policy or learning rate than that run was begun with."""
     address: str | None = None
     """Of a running Ray cluster to join; default RAY_ADDRESS, else a private one."""
     scaling: ScalingConfig = field(default_factory=ScalingConfig)
@@ -92,7 +94,12 @@ class TrainArgs:
 
 
 def check_run(
-    dataset_url: str, run_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None
+    dataset_url: str,
+    run_url: str,
+    config: RunConfig,
+    scaling: ScalingConfig,
+    version: int | None,
+    from_run: str | None = None,
 ) -> TrainData:
     """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
     data = train_data(open_dataset(dataset_url, version, config.train.fold, config.train.where), config)
@@ -103,7 +110,7 @@ def check_run(
             "Change one of them.",
         )
     open_store(run_url).check()
-    _claim(run_url, config, dataset_url, data)
+    claim(run_url, config, {"url": dataset_url, **_version(data)}, from_run)
     return data
 
 
@@ -173,30 +180,6 @@ def _fit(trainer: Any, progress: Any) -> None:
         raise MicaclError(*failure)
 
 
-def _claim(run_url: str, config: RunConfig, dataset_url: str, data: TrainData) -> None:
-    """The first to come writes config.json; who continues must mean the same run. Raises MicaclError."""
-    store = open_store(run_url)
-    said = {"config": to_dict(config), "dataset": {"url": dataset_url, **_version(data)}}
-    if store.put_if_absent(CONFIG, canonical_json(said).encode()):
-        return
-    found = json_object(store.get(CONFIG), store.url(CONFIG))
-    if found.get("config") != json.loads(canonical_json(to_dict(config))):
-        differs = _first_difference(found.get("config"), json.loads(canonical_json(to_dict(config))))
-        raise MicaclError(
-            f"{run_url} was begun with another configuration ({differs}).",
-            "Continuing would mix two runs.",
-            "Give a new run URL, or the flags that the run was begun with.",
-        )
-
-
-def _first_difference(a: Any, b: Any, at: str = "") -> str:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            if a.get(key) != b.get(key):
-                return _first_difference(a.get(key), b.get(key), f"{at}.{key}" if at else key)
-    return f"{at}: {a!r}, now {b!r}"
-
-
 def _version(data: TrainData) -> dict[str, Any]:
     train = data.config.train
     said = {"fold": train.fold, "where": train.where or None}
@@ -230,10 +213,11 @@ def _train_rank(job: dict[str, Any]) -> None:
     say = _say_as(rank, job["progress"])
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
+    before = {k: v for k, v in claimed(job["run"])["dataset"].items() if k == "before"}
 
     def state_at(step: int) -> dict[str, Any]:
-        body = data.dataset.body
-        return run_state(config, body["crop"], {"url": job["dataset"], **_version(data)}, data.state_at(step))
+        seen = {"url": job["dataset"], **_version(data), **before}
+        return run_state(config, data.dataset.body["crop"], seen, data.state_at(step))
 
     saver = SaveCheckpoint(
         engine,
@@ -275,14 +259,25 @@ def _engine(config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> E
 
 
 def _resume(engine: Engine, data: TrainData, run_url: str) -> int:
-    """Updates done: 0, or those of the newest complete checkpoint, which is loaded."""
+    """Updates done: those of the newest complete checkpoint, which is loaded, or of where the run was told to begin."""
     store = open_store(run_url)
     if not complete_steps(store):
-        return 0
+        return _begin(engine, data, run_url)
     checkpoint = read_checkpoint(store)
     data.require_same(PlanState.from_dict(checkpoint.state["plan"]))
     engine.import_state(checkpoint.weights, checkpoint.moments, checkpoint.step)
     return checkpoint.step
+
+
+def _begin(engine: Engine, data: TrainData, run_url: str) -> int:
+    """0, or the first step of the epoch in which the run that this one goes on from was."""
+    origin = claimed(run_url)["from"]
+    if origin is None:
+        return 0
+    checkpoint = read_checkpoint(open_store(origin["run"]), origin["step"])
+    start = PlanState.from_dict(checkpoint.state["plan"]).epoch * data.steps_per_epoch
+    engine.import_state(checkpoint.weights, checkpoint.moments if start else {}, start)
+    return start
 
 
 def _say_as(rank: int, progress: Any) -> Callable[[str], None]:

@@ -97,8 +97,8 @@ def trained_on(dataset: Store, held: Sequence[Held], urls: Sequence[str]) -> dic
     skipped: list[str] = []
     for url in urls:
         found = list(_read_all(open_store(url)))
-        ours = [one for _, one in found if one is not None]
-        skipped += [where for where, one in found if one is None]
+        ours = [one for _, several in found for one in several]
+        skipped += [where for where, several in found if not several]
         if not ours:
             raise MicaclError(
                 f"{url} holds no run and no bundle.",
@@ -121,26 +121,29 @@ def trained_on(dataset: Store, held: Sequence[Held], urls: Sequence[str]) -> dic
     }
 
 
-def _read_all(store: Store) -> Iterator[tuple[str, Said | None]]:
-    """(URL, what it says) of every file with one of our names; None for what is foreign."""
+def _read_all(store: Store) -> Iterator[tuple[str, list[Said]]]:
+    """(URL, what it says of each of its datasets) of every file with one of our names; nothing for what is foreign."""
     store.check()
     entries = [e for e in store.list() if e.key.rpartition("/")[2] in _NAMES]
 
-    def read(key: str, size: int) -> Said | None:
+    def read(key: str, size: int) -> list[Said]:
         try:
             if size > MAX_JSON_BYTES:
-                return None
+                return []
             return _said(store, key, json_object(store.get(key), key))
         except (MicaclError, FileNotFoundError, RecursionError):  # foreign, dropped meanwhile, nested without end
-            return None
+            return []
 
     with ThreadPoolExecutor(_READERS) as pool:
         answers = pool.map(lambda e: read(e.key, e.size), entries)
         yield from zip((store.url(e.key) for e in entries), answers, strict=True)
 
 
-def _said(store: Store, key: str, body: Mapping[str, Any]) -> Said:
-    """Raises MicaclError if it is not what train, export or evaluate write."""
+def _said(store: Store, key: str, body: Mapping[str, Any]) -> list[Said]:
+    """Of its own dataset, and of those of the runs that it went on from (`--from-run`).
+
+    Raises MicaclError if it is not what train, export or evaluate write.
+    """
     folder, _, name = key.rpartition("/")
     with expecting(key):
         if name == "scores.json":
@@ -153,17 +156,20 @@ def _said(store: Store, key: str, body: Mapping[str, Any]) -> Said:
             if name == "state.json":
                 folder, step = _checkpoint_of(key)
         data = origin["dataset"]
-        return Said(
-            kind=kind,
-            url=store.url(folder),
-            step=None if step is None else int(step),
-            dataset=str(data["url"]),
-            version=None if data.get("version") is None else int(data["version"]),
-            sha256=data.get("sha256"),
-            split=str(split),
-            fold=None if data.get("fold") is None else int(data["fold"]),
-            where=str(data.get("where") or ""),
-        )
+        return [
+            Said(
+                kind=kind,
+                url=store.url(folder),
+                step=None if step is None else int(step),
+                dataset=str(one["url"]),
+                version=None if one.get("version") is None else int(one["version"]),
+                sha256=one.get("sha256"),
+                split=str(one.get("split", split)),
+                fold=None if one.get("fold") is None else int(one["fold"]),
+                where=str(one.get("where") or ""),
+            )
+            for one in [data, *data.get("before", [])]
+        ]
 
 
 def _checkpoint_of(key: str) -> tuple[str, int]:
