@@ -275,7 +275,14 @@ def _begin(engine: Engine, data: TrainData, run_url: str) -> int:
     if origin is None:
         return 0
     checkpoint = read_checkpoint(open_store(origin["run"]), origin["step"])
-    start = PlanState.from_dict(checkpoint.state["plan"]).epoch * data.steps_per_epoch
+    epoch, epochs = PlanState.from_dict(checkpoint.state["plan"]).epoch, data.config.train.epochs
+    if epoch >= epochs:
+        raise MicaclError(
+            f"{origin['run']} has done {epoch} epochs and this run has {epochs}.",
+            "Nothing is left to train.",
+            "Give a new run URL and more --train.epochs.",
+        )
+    start = epoch * data.steps_per_epoch
     engine.import_state(checkpoint.weights, checkpoint.moments if start else {}, start)
     return start
 

@@ -94,6 +94,14 @@ def test_a_run_begins_where_another_one_was_at_the_start_of_its_epoch(dataset: s
     assert torch.all(state["exp_avg"] == 0.25)
 
 
+def test_a_run_with_nothing_left_to_train_is_refused(dataset: str, old: str, tmp_path: Path) -> None:
+    config = dataclasses.replace(config_of(8), train=TrainConfig(epochs=2))
+    claim(str(tmp_path / "new"), config, said_of(dataset), old)
+    engine = PlainEngine(build_model(config.model, 2), config.train)
+    with pytest.raises(MicaclError, match=r"has done 2 epochs and this run has 2.*more --train.epochs"):
+        _begin(engine, data_of(dataset, config), str(tmp_path / "new"))
+
+
 def test_where_it_begins_is_decided_once(dataset: str, old: str, tmp_path: Path) -> None:
     url = str(tmp_path / "new")
     claim(url, config_of(8), said_of(dataset), old)
