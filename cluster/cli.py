@@ -154,19 +154,25 @@ def predict(
     source: str = "bucket",
     frames: str = "auto",
     faces: str = "all",
+    split: str | None = None,
+    fold: int | None = None,
+    where: str = "",
     workers: int = 1,
     gpu: bool = False,
     address: str | None = None,
 ) -> dict[str, Any]:
-    """Predict every face of every clip of a bucket.
+    """Predict every face of every clip of a bucket, or with --split every bag of a dataset.
 
     Args:
         bundle: from `micacl export`.
-        raw: folder or s3://bucket/prefix of clips, or a table of them.
+        raw: folder or s3://bucket/prefix of clips, or a table of them; with --split, a dataset.
         out: where predictions-*.parquet goes.
         source: bucket, table, folder, auto, or a data set (dfew, ferv39k, ...; docs/data.md).
         frames: as in prepare: images takes each folder of whole frames as a clip, aligned each folder of face crops.
         faces: all, or largest for one face a video.
+        split: RAW is a dataset, and its bags of this split are predicted; no video is decoded again.
+        fold: test fold of a dataset in folds.
+        where: only bags of which this holds, e.g. `face_px >= 48`.
         workers: actors that hold the model.
         gpu: one GPU an actor.
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
@@ -178,9 +184,14 @@ def predict(
     from pipeline.storage import open_store
 
     require_at_least(1, ("--workers", workers))
-    options = SourceOptions(frames=frames)
-    loaded, videos = load_bundle(absolute(bundle)), list_videos(absolute(raw), source, options)
     open_store(absolute(out)).check()
+    loaded = load_bundle(absolute(bundle))
+    if split is not None:
+        opened = open_dataset(absolute(raw), fold=fold, where=where)
+        say(f"{opened.split(split).num_rows} bags in {raw}, split {split}, bundle {loaded.id}")
+        with ray_session(address=address, num_cpus=workers):
+            return predict_dataset(loaded, opened, split, absolute(out), workers=workers, gpu=gpu)
+    videos = list_videos(absolute(raw), source, SourceOptions(frames=frames))
     say(f"{len(videos)} videos in {raw}, bundle {loaded.id}")
     with ray_session(address=address):
         return job(loaded, videos, absolute(out), workers=workers, faces=faces, gpu=gpu)

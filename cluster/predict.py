@@ -44,7 +44,7 @@ def predict(
     out = sorted(found, key=lambda row: (row["video"], row["track"]))
     inputs = canonical_json([bundle.id, crop.hash, [[v.name, v.kind, v.cropped] for v in videos]])
     key = f"predictions-{digest(inputs.encode())[:16]}.parquet"
-    store.put(key, _parquet(out, bundle.labels, bundle.id))
+    store.put(key, predictions_parquet(out, bundle.labels, bundle.id))
     bad = Counter(row["reason"] for row in out if row["reason"])
     return {
         "out": store.url(key),
@@ -119,7 +119,7 @@ class _Classify:
         return {"faces": [canonical_json([row for rows in out for row in rows])], "error": [""]}
 
 
-def _parquet(rows: list[dict[str, Any]], labels: tuple[str, ...], bundle_id: str) -> bytes:
+def predictions_parquet(rows: list[dict[str, Any]], labels: tuple[str, ...], bundle_id: str) -> bytes:
     """One row a face; a quarantined video has one row with its reason and nulls."""
     columns: dict[str, list[Any]] = {
         "video": [r["video"] for r in rows],

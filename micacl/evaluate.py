@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from micacl.batch import collate
 from micacl.bundle import Bundle
@@ -18,7 +19,7 @@ from micacl.train.data import require_labels
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
 from pipeline.loader import EvalLoader
-from pipeline.rows import split_rows
+from pipeline.rows import SplitRows, split_rows
 
 _CLIPS_PER_FORWARD = 16
 
@@ -45,21 +46,36 @@ def kept_out_fold(config: RunConfig, fold: int | None) -> int | None:
     return trained if fold is None else fold
 
 
-def score_rank(bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1) -> Iterator[Scored]:
-    """This rank's share of the split; the shares of all ranks are disjoint and together whole. Raises MicaclError."""
-    require_labels(dataset, bundle.config)
-    rows = split_rows(dataset, split)
-    rows.require_labelled()
+@dataclass(frozen=True, slots=True)
+class Classified:
+    """One clip as the model sees it."""
+
+    key: str
+    label: int
+    """Place in the label set; -1 if the bag has none."""
+    p_K: NDArray[np.float32]
+    weights_N: NDArray[np.float32]
+    """WIAN's share of each instance."""
+
+
+def classify_rank(bundle: Bundle, rows: SplitRows, rank: int = 0, ranks: int = 1) -> Iterator[Classified]:
+    """This rank's share of the rows; the shares of all ranks are disjoint and together whole. Raises MicaclError."""
+    require_labels(rows.dataset, bundle.config)
     model, device = bundle.build(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    clips = EvalLoader(
-        dataset, split, bundle.config.stream, clips_per_batch=_CLIPS_PER_FORWARD, rank=rank, ranks=ranks, rows=rows
-    )
-    for batch in clips:
-        probabilities_BK, _ = forward(model, collate(batch, bundle.config.batch, train=False), device)
+    stream = bundle.config.stream
+    for batch in EvalLoader(rows, stream, clips_per_batch=_CLIPS_PER_FORWARD, rank=rank, ranks=ranks):
+        p_BK, weights_BN = forward(model, collate(batch, bundle.config.batch, train=False), device)
         for i in np.flatnonzero(batch.mask_B):
-            p_K = probabilities_BK[i]
-            yield Scored(batch.keys[i], int(batch.labels_B[i]), int(p_K.argmax()), tuple(float(p) for p in p_K))
+            yield Classified(batch.keys[i], int(batch.labels_B[i]), p_BK[i], weights_BN[i])
+
+
+def score_rank(bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1) -> Iterator[Scored]:
+    """`classify_rank` of a split whose bags all have labels. Raises MicaclError."""
+    rows = split_rows(dataset, split)
+    rows.require_labelled()
+    for one in classify_rank(bundle, rows, rank, ranks):
+        yield Scored(one.key, one.label, int(one.p_K.argmax()), tuple(float(p) for p in one.p_K))
 
 
 def gather_scores(scored: list[Scored], labels: tuple[str, ...], expected_clips: int) -> tuple[Scores, Confusion]:

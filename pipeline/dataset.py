@@ -146,10 +146,11 @@ class Dataset:
         return Loader(self, split, plan, **rest)
 
     def eval_loader(self, split: str = "test", **rest: Any) -> EvalLoader:
-        """Every bag of a split once: pipeline.loader.EvalLoader says what it takes."""
+        """Every bag of a split once: pipeline.loader.EvalLoader says what it takes. Raises MicaclError."""
         from pipeline.loader import EvalLoader
+        from pipeline.rows import split_rows
 
-        return EvalLoader(self, split, **rest)
+        return EvalLoader(split_rows(self, split), **rest)
 
     def no_split(self, name: str, there: Sequence[str]) -> MicaclError:
         """Why a split cannot be read; `there` are the splits that have bags."""

@@ -226,19 +226,15 @@ class EvalLoader:
 
     def __init__(
         self,
-        dataset: Dataset,
-        split: str = "test",
+        rows: SplitRows,
         stream: StreamConfig | None = None,
         *,
         clips_per_batch: int = 16,
         rank: int = 0,
         ranks: int = 1,
-        rows: SplitRows | None = None,
     ) -> None:
-        """Raises MicaclError if there is no such split."""
-        self.dataset, self.stream, self.clips_per_batch = dataset, stream or StreamConfig(), clips_per_batch
-        self.rows = rows or split_rows(dataset, split)
-        self.rank_rows = SequentialPlan(len(self.rows)).rank_positions(rank, ranks)
+        self.rows, self.stream, self.clips_per_batch = rows, stream or StreamConfig(), clips_per_batch
+        self.rank_rows = SequentialPlan(len(rows)).rank_positions(rank, ranks)
         """This rank's rows, then -1."""
 
     def __len__(self) -> int:
@@ -250,7 +246,7 @@ class EvalLoader:
         size = len(self) * self.clips_per_batch
         rows_B = np.concatenate([self.rank_rows, np.full(size - len(self.rank_rows), -1)]).reshape(len(self), -1)
         draws = ([Draw(max(int(row), 0), (0, 0), int(row)) for row in batch] for batch in rows_B)
-        with BagStream(self.dataset, self.rows, self.stream) as reader:
+        with BagStream(self.rows.dataset, self.rows, self.stream) as reader:
             for step, decoded in enumerate(reader.read_batches(draws, train=False)):
                 yield _batch(decoded, 0, step, {}, mask_B=rows_B[step] >= 0)
 

@@ -21,6 +21,7 @@ from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
 from pipeline.loader import ClipBatch, EvalLoader, Loader
 from pipeline.plan import EpochPlan
+from pipeline.rows import split_rows
 from tests.gloo import run_ranks
 from tests.tiny_dataset import INSTANCES, SIZE, make_dataset
 
@@ -204,7 +205,9 @@ def test_subjects_take_turns(dataset: Dataset) -> None:
 def test_every_row_is_evaluated_once(dataset: Dataset, ranks: int, clips_per_batch: int) -> None:
     rows, lengths = [], set()
     for rank in range(ranks):
-        loader = EvalLoader(dataset, "test", STREAM, clips_per_batch=clips_per_batch, rank=rank, ranks=ranks)
+        loader = EvalLoader(
+            split_rows(dataset, "test"), STREAM, clips_per_batch=clips_per_batch, rank=rank, ranks=ranks
+        )
         batches = list(loader)
         lengths.add(len(batches))
         assert len(batches) == len(loader)
