@@ -34,10 +34,11 @@ def decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
 
 class Loader:
     def __init__(self, job: Job) -> None:
+        logging.disable(logging.WARNING)
         here = str(Path(__file__).parent)
         ray.init(
             include_dashboard=False,
-            num_cpus=2,
+            num_cpus=job.workers,
             object_store_memory=STORE_BYTES,
             logging_level=logging.ERROR,
             log_to_driver=False,
@@ -53,8 +54,10 @@ class Loader:
                 access_key=key, secret_key=secret, endpoint_override=host, scheme="http", region="us-east-1"
             )
             urls = [url.removeprefix("s3://") for url in urls]
-        times = 40 if job.mode == "steady" else 1
-        self.data = ray.data.read_webdataset(urls * times, filesystem=files, decoder=decode_sample, shuffle="files")
+        urls = urls * (20 if job.mode == "steady" else 1)
+        self.data = ray.data.read_webdataset(
+            urls, filesystem=files, decoder=decode_sample, shuffle="files", override_num_blocks=len(urls)
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in self.data.iter_batches(batch_size=BATCH, batch_format="numpy", drop_last=True):
