@@ -2,7 +2,7 @@
 
 One dataset, one decode, the same cores, one run. Every loader gives batches of 16 clips, of each clip 16 decoded frames
 of the 48 that are stored (bench/stream_peers/work.py); it stores the bags in its own best way and runs with each of its
-worker settings, of which the best is shown. Runs of all loaders take turns, so that what else the machine does hits all
+worker settings, of which the best is shown and those far from it are dropped after a round. Runs of all loaders take turns, so that what else the machine does hits all
 alike; each number is the median of the rounds.
 
     local    steady clips/s from a local disk whose pages the kernel holds
@@ -41,6 +41,8 @@ PARTS = ("local", "s3", "far", "resume")
 _RUNNERS = Path(__file__).with_name("stream_peers")
 _BUCKET = "bench"
 _MOST_S = 180
+_NEAR = 0.85
+"""Share of the best setting's clips/s after which a worker setting is tried in further rounds."""
 _FAR_S = 0.05
 
 
@@ -111,6 +113,15 @@ class Bench:
         self.found.setdefault(place, []).append(result)
         print(f"{place}: {result.get('clips_per_s', 0):.0f} clips/s", file=sys.stderr, flush=True)
 
+    def going_on(self, part: str, loader: Loader) -> list[int]:
+        """Worker settings for the next round: all at first, then those near the best."""
+        best = self.best(part, loader)
+        if best is None:
+            return list(loader.workers)
+        least = _NEAR * self.median(part, loader.name, best)
+        tried = [w for w in loader.workers if (part, loader.name, w) in self.found]
+        return [w for w in tried if self.median(part, loader.name, w) >= least]
+
     def best(self, part: str, loader: Loader) -> int | None:
         """The worker setting with the highest median of clips/s, if any run was good."""
         rates = {w: self.median(part, loader.name, w) for w in loader.workers if (part, loader.name, w) in self.found}
@@ -165,7 +176,7 @@ def prepare(bench: Bench, loaders: list[Loader]) -> str:
 
 def local_round(bench: Bench, loaders: list[Loader], url: str) -> None:
     for loader in (LIMIT, *loaders):
-        for workers in loader.workers:
+        for workers in bench.going_on("local", loader) if loader is not LIMIT else loader.workers:
             bench.note("local", loader, workers, "steady", {}, data=bench.data[loader.name], root=url)
 
 
@@ -189,7 +200,7 @@ def s3_parts(
             data[loader.name] = {label: [f"s3://{_BUCKET}/{loader.name}/{label}"] for label in bench.data[loader.name]}
     for _ in range(arguments.rounds if "s3" in arguments.parts else 0):
         for loader in loaders:
-            for workers in loader.workers:
+            for workers in bench.going_on("s3", loader):
                 bench.note("s3", loader, workers, "epoch", env, data=data[loader.name], root=root)
     if "far" in arguments.parts:
         with FaultProxy(int(server.endpoint.rpartition(":")[2])) as proxy:

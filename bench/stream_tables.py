@@ -129,6 +129,7 @@ def _promises(bench: Bench, loaders: list[Loader], resumed: dict[str, str]) -> N
         results = [r for (part, name, _), all_of in bench.found.items() if name == loader.name for r in all_of]
         epochs = [r for (part, name, _), all_of in bench.found.items() if name == loader.name and part != "local" for r in all_of]
         if not results:
+            rows.append([loader.name, "", "", resumed.get(loader.name, "not tried")])
             continue
         worst = max(r["off_most"] for r in results)
         low, high = (statistics.median(r[k] for r in epochs or results) for k in ("share_least", "share_most"))

@@ -40,7 +40,8 @@ class Loader:
     def __init__(self, job: Job) -> None:
         clean_stale_shared_memory()
         streams = [_stream(job, label, folder) for label, (folder,) in job.data.items()]
-        clips = EPOCH_CLIPS if job.mode != "steady" else 50 * EPOCH_CLIPS
+        # Two classes have 3 clips of every batch and an epoch ends with them, so it takes more than EPOCH_CLIPS.
+        clips = 2 * EPOCH_CLIPS if job.mode != "steady" else 50 * EPOCH_CLIPS
         dataset = Bags(
             streams=streams,
             batch_size=BATCH,
