@@ -23,7 +23,7 @@ from pipeline.crop import CropRecord, bag_stub, crop_key
 from pipeline.dataset import commit, open_dataset, version_body
 from pipeline.demo_faces import make_subject, render_clip
 from pipeline.pack import pack_shard, plan_shards
-from pipeline.shards import bag_members, write_members
+from pipeline.shards import bag_members, read_bags, write_members
 from pipeline.storage import Store, open_store
 
 BAGS = {"happy": 144, "sad": 115, "neutral": 162, "angry": 130, "surprise": 88, "disgust": 9, "fear": 56}
@@ -40,9 +40,7 @@ def build(folder: Path) -> str:
     """Write and commit the dataset. Returns its URL."""
     store = open_store(str(folder))
     clips = [render_bag(n) for n in range(CLIPS)]
-    records = [
-        (video, "train", _put_crop(store, video, clips[n % CLIPS])) for n, video in enumerate(_videos())
-    ]
+    records = [(video, "train", _put_crop(store, video, clips[n % CLIPS])) for n, video in enumerate(_videos())]
     shards = [pack_shard(plan, store)[0] for plan in plan_shards(records, PackConfig(max_bags=MAX_BAGS))]
     store.put(path := f"quarantine/{digest(b'')[:32]}.jsonl", b"")
     body = version_body(
@@ -68,25 +66,11 @@ def shards_by_class(url: str) -> dict[str, list[str]]:
 
 
 def jpeg_bytes(url: str) -> dict[str, int]:
-    """Bytes of the 48 JPEGs of each bag by key: what of the stored bytes is pictures."""
+    """Bytes of the 48 JPEGs of each bag by key."""
     dataset = open_dataset(url)
-    spans: dict[str, int] = {}
-    for shard in dataset.body["shards"]:
-        spans |= {bag.key: bag.pictures for bag in _pictures(dataset.store.get(shard["path"]))}
-    return spans
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Pictures:
-    key: str
-    pictures: int
-
-
-def _pictures(tar: bytes) -> Iterator[_Pictures]:
-    from pipeline.shards import read_bags
-
-    for bag in read_bags(tar, "a shard of the benchmark"):
-        yield _Pictures(bag.meta.key, sum(len(data) for members in bag.encoded for data in members))
+    tars = (dataset.store.get(shard["path"]) for shard in dataset.body["shards"])
+    bags = (bag for tar in tars for bag in read_bags(tar, "a shard of the benchmark"))
+    return {bag.meta.key: sum(len(data) for members in bag.encoded for data in members) for bag in bags}
 
 
 def copy_tree(folder: Path, url: str) -> None:

@@ -3,37 +3,41 @@
 from __future__ import annotations
 
 import statistics
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import stream_data
-
-if TYPE_CHECKING:
-    from stream import Bench, Loader
+from stream_runs import Bench, Loader
 
 NOTES = {
-    "webdataset": "per-class shards unchanged, RandomMix of one resampled dataset a class; no cache, S3 by a boto3 opener "
-    "in the process instead of its `aws s3 cp` a shard",
-    "mosaicml": "MDS, one stream a class, stratified; torchvision is a stub of ours, because its registry build does not "
-    "load beside CPU torch and nothing of it is used; epoch_size gives it one long epoch in steady runs",
-    "litdata": "one dataset a class, equal weights; the combined dataset ends with its first class, so classes are "
-    "repeated (`subsample` above 1)",
-    "ray": "read_webdataset with a decoder that picks, no pickle; no class balance; its first batch waits for whole blocks",
     "ours": "uniform plan, sha256 of each bag checked at each use, position kept for resuming; shards cached in memory",
+    "webdataset": "our tars, RandomMix of one resampled dataset a class; it keeps no cache; S3 by a boto3 opener in the "
+    "process, where the library would start `aws s3 cp` for each shard",
+    "mosaicml": "MDS, one stream a class, stratified; an epoch ends with the first class that ends, so `epoch_size` is "
+    "larger than what is read; torchvision is a stub of ours (its registry build does not load beside CPU torch)",
+    "litdata": "one dataset a class, equal weights; the combined dataset ends with the first class that ends, so classes "
+    "are repeated (`subsample` above 1); its second S3 client takes no endpoint without TLS unless a table is patched",
+    "ray": "`read_webdataset` with a decoder that picks, no pickle; no class balance; a batch waits for a whole block, "
+    "here a shard",
 }
-ORDER = ("ours", "webdataset", "mosaicml", "litdata", "ray")
+Row = dict[str, str]
 
 
-def show(bench: Bench, loaders: list[Loader], url: str, resumed: dict[str, str]) -> None:
-    absent = [name for name in ORDER if name not in {loader.name for loader in loaders}]
+def show(bench: Bench, loaders: list[Loader], pictures: dict[str, int], resumed: dict[str, str]) -> None:
+    """Args: pictures: bytes of the JPEGs of a bag by its key. resumed: what became of resuming, by loader."""
+    absent = [name for name in NOTES if name not in {loader.name for loader in loaders}]
     if absent:
         print(f"\nNot run, for want of --peers-python: {', '.join(absent)}.")
-    if any(part == "local" for part, *_ in bench.found):
-        _local(bench, loaders)
-    if any(part == "s3" for part, *_ in bench.found):
-        _s3(bench, loaders)
-    if any(part == "far" for part, *_ in bench.found):
-        _far(bench, loaders, stream_data.jpeg_bytes(url))
-    _promises(bench, loaders, resumed)
+    parts = {part for part, *_ in bench.found}
+    if "local" in parts:
+        limits = [_limit(bench, loaders, w) for w in (1, 2)]
+        _table("Local disk, steady.", [*limits, *(_local(bench, loader, loaders) for loader in loaders)])
+    if "s3" in parts:
+        rows = [_s3(bench, loader, loaders) for loader in loaders]
+        _table("S3 on loopback, one cold epoch of 44 batches in a fresh process.", rows)
+    if "near" in parts:
+        rows = [_far(bench, loader, pictures) for loader in loaders]
+        _table("The same through a proxy, which takes its share of the cores; one run each.", rows)
+    rows = [_promises(bench, loader, resumed) for loader in loaders]
+    _table("Class balance (an equal share is 0.143, 2.29 clips a batch) and resuming.", rows)
     print()
     for loader in loaders:
         print(f"* {loader.name}: {NOTES[loader.name]}.")
@@ -41,101 +45,94 @@ def show(bench: Bench, loaders: list[Loader], url: str, resumed: dict[str, str])
         print(f"* {name}, {part}, {workers} workers: failed: {why}")
 
 
-def _table(title: str, head: str, rows: list[list[str]]) -> None:
-    names = head.split(" | ")
-    print(f"\n{title}\n\n| {head} |\n|{' --- |' * 1}{' ---: |' * (len(names) - 1)}")
+def _table(title: str, rows: list[Row]) -> None:
+    rows = [row for row in rows if row]
+    if not rows:
+        return
+    print(f"\n{title}\n\n| {' | '.join(rows[0])} |\n| ---{' | ---:' * (len(rows[0]) - 1)} |")
     for row in rows:
-        print(f"| {' | '.join(row)} |")
+        print(f"| {' | '.join(row.values())} |")
 
 
-def _spread(results: list[dict[str, Any]]) -> str:
-    rates = [result["clips_per_s"] for result in results]
-    return f"{min(rates):.0f} to {max(rates):.0f}"
+def _rates(bench: Bench, part: str, name: str, workers: int, loaders: list[Loader]) -> Row:
+    """The columns that say how fast: median, spread, and the median over ours and over the limit of two processes."""
+    rate = bench.median(part, name, workers)
+    rates = [result["clips_per_s"] for result in bench.found[part, name, workers]]
+    of_ours = bench.best(part, loaders[0])
+    limit = bench.found.get(("local", "limit", 2))
+    return {
+        "clips/s": f"{rate:.0f}",
+        "least to most": f"{min(rates):.0f} to {max(rates):.0f}",
+        "of ours": f"{rate / bench.median(part, loaders[0].name, of_ours):.2f}" if of_ours is not None else "",
+        "of the limit": f"{rate / bench.median('local', 'limit', 2):.2f}" if limit else "",
+    }
 
 
-def _local(bench: Bench, loaders: list[Loader]) -> None:
-    limits = {w: bench.median("local", "limit", w) for w in (1, 2)}
-    rows = [
-        [f"decode alone, {w} process{'es' * (w > 1)}", "", f"{limits[w]:.0f}", _spread(bench.found["local", "limit", w]),
-         _ratio(limits[w], bench, "local", loaders), f"{limits[w] / limits[2]:.2f}", f"{bench.median('local', 'limit', w, 'cpu_ms'):.2f}"]
-        for w in (1, 2)
-    ]  # fmt: skip
-    for loader in loaders:
-        if (w := bench.best("local", loader)) is None:
-            continue
-        rate = bench.median("local", loader.name, w)
-        others = ", ".join(
-            f"{x}: {bench.median('local', loader.name, x):.0f}"
-            for x in loader.workers
-            if x != w and ("local", loader.name, x) in bench.found
-        )
-        rows.append(
-            [loader.name, f"{w} ({others})" if others else str(w), f"{rate:.0f}",
-             _spread(bench.found["local", loader.name, w]), _ratio(rate, bench, "local", loaders),
-             f"{rate / limits[2]:.2f}", f"{bench.median('local', loader.name, w, 'cpu_ms'):.2f}"]
-        )  # fmt: skip
-    _table("Local disk, steady", "loader | workers (others, clips/s) | clips/s | least to most | of ours | of the limit | CPU ms a clip", rows)  # fmt: skip
+def _limit(bench: Bench, loaders: list[Loader], workers: int) -> Row:
+    return {
+        "loader": "decode alone",
+        "workers (others, clips/s)": f"{workers}",
+        **_rates(bench, "local", "limit", workers, loaders),
+        "CPU ms a clip": f"{bench.median('local', 'limit', workers, 'cpu_ms'):.2f}",
+    }
 
 
-def _ratio(rate: float, bench: Bench, part: str, loaders: list[Loader]) -> str:
-    ours = next(loader for loader in loaders if loader.name == "ours")
-    w = bench.best(part, ours)
-    return "" if w is None else f"{rate / bench.median(part, 'ours', w):.2f}"
+def _local(bench: Bench, loader: Loader, loaders: list[Loader]) -> Row:
+    if (best := bench.best("local", loader)) is None:
+        return {}
+    tried = [w for w in loader.workers if w != best and ("local", loader.name, w) in bench.found]
+    others = ", ".join(f"{w}: {bench.median('local', loader.name, w):.0f}" for w in tried)
+    return {
+        "loader": loader.name,
+        "workers (others, clips/s)": f"{best} ({others})" if others else f"{best}",
+        **_rates(bench, "local", loader.name, best, loaders),
+        "CPU ms a clip": f"{bench.median('local', loader.name, best, 'cpu_ms'):.2f}",
+    }
 
 
-def _s3(bench: Bench, loaders: list[Loader]) -> None:
-    rows = []
-    for loader in loaders:
-        if (w := bench.best("s3", loader)) is None:
-            continue
-        rate, results = bench.median("s3", loader.name, w), bench.found["s3", loader.name, w]
-        first = {x: bench.median("s3", loader.name, x, "first_s") for x in loader.workers if ("s3", loader.name, x) in bench.found}
-        quick = min(first, key=first.__getitem__)
-        limit = f"{rate / bench.median('local', 'limit', 2):.2f}" if ("local", "limit", 2) in bench.found else ""
-        rows.append(
-            [loader.name, str(w), f"{rate:.0f}", _spread(results), _ratio(rate, bench, "s3", loaders), limit,
-             f"{first[w]:.2f} ({first[quick]:.2f} with {quick})", f"{bench.median('s3', loader.name, w, 'since_start_s'):.1f}"]
-        )  # fmt: skip
-    _table(
-        "S3 on loopback, one cold epoch of 44 batches in a fresh process",
-        "loader | workers | clips/s | least to most | of ours | of the limit | first batch, s after opening | s after the process began",
-        rows,
-    )
+def _s3(bench: Bench, loader: Loader, loaders: list[Loader]) -> Row:
+    if (best := bench.best("s3", loader)) is None:
+        return {}
+    tried = [w for w in loader.workers if ("s3", loader.name, w) in bench.found]
+    first_s = {w: bench.median("s3", loader.name, w, "first_s") for w in tried}
+    quick = min(tried, key=lambda w: first_s[w])
+    return {
+        "loader": loader.name,
+        "workers": f"{best}",
+        **_rates(bench, "s3", loader.name, best, loaders),
+        "first batch, s from opening": f"{first_s[best]:.2f}",
+        "least, with workers": f"{first_s[quick]:.2f}, {quick}",
+        "s from the process's start": f"{bench.median('s3', loader.name, best, 'since_start_s'):.1f}",
+    }
 
 
-def _far(bench: Bench, loaders: list[Loader], pictures: dict[str, int]) -> None:
-    rows = []
-    for loader in loaders:
-        for part, name, w in [key for key in bench.found if key[:2] == ("near", loader.name)]:
-            near = bench.found[part, name, w][-1]
-            far = next(iter(bench.found.get(("far", name, w), [])), None)
-            needed = sum(pictures[key] for key in near["keys"])
-            rows.append(
-                [name, str(w), f"{near['clips_per_s']:.0f}", f"{far['clips_per_s']:.0f}" if far else "failed",
-                 f"{far['clips_per_s'] / near['clips_per_s']:.2f}" if far else "", f"{near['first_s']:.2f}",
-                 f"{far['first_s']:.2f}" if far else "", f"{near['requests']}", f"{near['read_bytes'] / 1e6:.0f}", f"{len(near['keys'])}",
-                 f"{near['read_bytes'] / needed:.2f}"]
-            )  # fmt: skip
-    _table(
-        "The same through a proxy on this machine, which takes a share of the cores; one run each",
-        "loader | workers | clips/s | with 50 ms | of it | first batch, s | with 50 ms | requests | MB read | distinct clips | bytes read over their JPEG bytes",
-        rows,
-    )
+def _far(bench: Bench, loader: Loader, pictures: dict[str, int]) -> Row:
+    place = next((key for key in bench.found if key[:2] == ("near", loader.name)), None)
+    if place is None:
+        return {}
+    near, far = bench.found[place][-1], next(iter(bench.found.get(("far", *place[1:]), [])), None)
+    needed = sum(pictures[key] for key in near["keys"])
+    return {
+        "loader": loader.name,
+        "workers": f"{place[2]}",
+        "clips/s": f"{near['clips_per_s']:.0f}",
+        "with 50 ms": f"{far['clips_per_s']:.0f}" if far else "failed",
+        "share kept": f"{far['clips_per_s'] / near['clips_per_s']:.2f}" if far else "",
+        "first batch, s": f"{near['first_s']:.2f}",
+        "first with 50 ms": f"{far['first_s']:.2f}" if far else "",
+        "requests": f"{near['requests']}",
+        "MB read": f"{near['read_bytes'] / 1e6:.0f}",
+        "clips, distinct": f"{len(near['keys'])}",
+        "bytes read over their JPEGs": f"{near['read_bytes'] / needed:.2f}",
+    }
 
 
-def _promises(bench: Bench, loaders: list[Loader], resumed: dict[str, str]) -> None:
-    rows = []
-    for loader in loaders:
-        results = [r for (part, name, _), all_of in bench.found.items() if name == loader.name for r in all_of]
-        epochs = [r for (part, name, _), all_of in bench.found.items() if name == loader.name and part != "local" for r in all_of]
-        if not results:
-            rows.append([loader.name, "", "", resumed.get(loader.name, "not tried")])
-            continue
-        worst = max(r["off_most"] for r in results)
-        low, high = (statistics.median(r[k] for r in epochs or results) for k in ("share_least", "share_most"))
-        rows.append([loader.name, f"{worst:.1f}", f"{low:.3f} to {high:.3f}", resumed.get(loader.name, "not tried")])
-    _table(
-        "Promises; an equal share is 0.143, 2.29 clips a batch",
-        "loader | most that a class in a batch was off | least and most share of a class, median | resumes in mid-epoch",
-        rows,
-    )
+def _promises(bench: Bench, loader: Loader, resumed: dict[str, str]) -> Row:
+    found = [(part, r) for (part, name, _), runs in bench.found.items() if name == loader.name for r in runs]
+    row = {"loader": loader.name, "most off in a batch": "", "least and most share of an epoch": ""}
+    if found:
+        epochs = [r for part, r in found if part != "local"] or [r for _, r in found]
+        low, high = (statistics.median(r[k] for r in epochs) for k in ("share_least", "share_most"))
+        row["most off in a batch"] = f"{max(r['off_most'] for _, r in found):.1f}"
+        row["least and most share of an epoch"] = f"{low:.3f} to {high:.3f}"
+    return {**row, "resumes": resumed.get(loader.name, "not tried")}

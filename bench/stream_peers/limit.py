@@ -1,6 +1,7 @@
 """The decode limit: the same 16 JPEGs a clip from bytes in memory, in as many processes as the job says.
 
-Nothing is read, checked, balanced, allocated, copied or handed over: one batch's memory is written over and over. No loader on these cores can be faster.
+Nothing is read, checked, balanced, allocated, copied or handed over: one batch's memory is written over and over.
+No loader on these cores can be faster.
 """
 
 from __future__ import annotations

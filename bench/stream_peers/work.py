@@ -1,6 +1,6 @@
-"""The work that every loader does for a clip, and how it is timed. Needs numpy, simplejpeg and psutil alone.
+"""The work that every loader does for a clip, and how it is timed. Needs numpy, simplejpeg and psutil.
 
-    bag: 4 instances x 12 JPEGs of 128 px ──pick 4 of each──> 16 JPEGs ──decode──> (4, 4, 128, 128, 3) ──stack 16──> batch
+    bag: 4 x 12 JPEGs of 128 px ──pick 4 of each──> 16 JPEGs ──decode──> (4, 4, 128, 128, 3) ──stack 16──> batch
 
 A runner is a program of its own, `python of_<name>.py JOB`, in the interpreter of its library. It gets a `Job` as JSON,
 prints one JSON object as its last line, and runs in one of these modes:
@@ -21,7 +21,6 @@ import sys
 import tarfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -192,8 +191,3 @@ def _keys(open_loader: Callable[[Job], Iterable[Batch]], job: Job) -> dict[str, 
         if len(keys) == wanted:
             break
     return {"keys": keys, "state": state}
-
-
-def chunks(folder: str | Path) -> int:
-    """Bytes of the files below a folder."""
-    return sum(p.stat().st_size for p in Path(folder).rglob("*") if p.is_file())
