@@ -33,7 +33,7 @@ from stream_runs import LIMIT, LOADERS, ROOT, Bench, Loader
 from pipeline.object_store import ObjectStore, ObjectStoreConfig
 
 sys.path.insert(0, str(ROOT))
-from tests.fault_proxy import FaultProxy  # noqa: E402
+from tests.fault_proxy import FaultProxy
 
 PARTS = ("local", "s3", "far", "resume")
 _BUCKET = "bench"
@@ -62,7 +62,8 @@ def main() -> None:
                 s3_parts(bench, loaders, url, server, arguments)
         resumed = resume(bench, loaders, url) if "resume" in arguments.parts else {}
         print(f"`python bench/stream.py`, commit {commit()}, {machine()}, {dt.date.today().isoformat()}")  # noqa: DTZ011
-        print(f"Load of the machine before: {before[0]:.1f}. Medians of {arguments.rounds} rounds.")
+        load = f"{before[0]:.1f} before and {os.getloadavg()[0]:.1f} after"
+        print(f"Load average of the machine {load}. Medians of {arguments.rounds} rounds in turns.")
         stream_tables.show(bench, loaders, stream_data.jpeg_bytes(url), resumed)
 
 
@@ -156,8 +157,8 @@ def _resumed(bench: Bench, loader: Loader, job: dict[str, Any]) -> str:
     clips, wanted, seen = (Counter(key for batch in part for key in batch) for part in (rest, after, before))
     batches = sum(a == b for a, b in zip(after, rest, strict=True))
     return (
-        f"not exactly: {batches} of 10 batches and {(clips & wanted).total()} of {wanted.total()} clips are those of a run "
-        f"without a stop, {(clips & (seen - wanted)).total()} are clips from before it"
+        f"not exactly: {batches} of 10 batches and {(clips & wanted).total()} of {wanted.total()} clips are those of a "
+        f"run without a stop, {(clips & (seen - wanted)).total()} are clips from before it"
     )
 
 
