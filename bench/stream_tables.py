@@ -8,12 +8,13 @@ from stream_runs import Bench, Loader
 
 NOTES = {
     "ours": "uniform plan, sha256 of each bag checked at each use, position kept for resuming; shards cached in memory",
-    "webdataset": "our tars, RandomMix of one resampled dataset a class; no cache; S3 by a boto3 opener in the process, "
-    "where the library would start `aws s3 cp` for each shard",
+    "webdataset": "our tars, RandomMix of one resampled dataset a class; no cache; S3 by a boto3 opener in the "
+    "process, where the library would start `aws s3 cp` for each shard",
     "mosaicml": "MDS, one stream a class, stratified; an epoch ends with the first class that ends, so `epoch_size` is "
     "larger than what is read; torchvision is a stub of ours (its registry build does not load beside CPU torch)",
     "litdata": "one dataset a class, equal weights; the combined dataset ends with the first class that ends, so "
-    "classes are repeated (`subsample` above 1); its second S3 client takes no endpoint without TLS unless a table is patched",
+    "classes are repeated (`subsample` above 1); its second S3 client takes no endpoint without TLS "
+    "unless a table is patched",
     "ray": "`read_webdataset` with a decoder that picks, no pickle; no class balance; a batch waits for a whole block, "
     "here a shard",
 }
