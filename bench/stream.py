@@ -5,7 +5,7 @@ of the 48 that are stored (bench/stream_peers/work.py). It stores the bags in it
 worker settings: the best is shown, those far from it are dropped after a round. Runs of all loaders take turns, so that
 what else the machine does hits all alike; each number is the median of the rounds.
 
-    local    steady clips/s from a local disk whose pages the kernel holds
+    local    steady clips/s from a local disk whose files were read just before, so that the kernel holds them
     s3       one epoch of 44 batches from a SeaweedFS server on loopback, in a fresh process, with empty caches
     far      the same through a proxy that counts bytes, without and with 50 ms added to each request
     resume   whether a new process goes on exactly where another stopped in the middle of an epoch
@@ -87,7 +87,15 @@ def prepare(bench: Bench, loaders: list[Loader]) -> str:
 def local_round(bench: Bench, loaders: list[Loader], url: str) -> None:
     for loader in (LIMIT, *loaders):
         for workers in bench.going_on("local", loader) if loader is not LIMIT else loader.workers:
+            read_all(bench.data[loader.name])
             bench.note("local", loader, workers, "steady", {}, data=bench.data[loader.name], root=url)
+
+
+def read_all(shards: Mapping[str, list[str]]) -> None:
+    """Once, so that no loader is measured with a slow disk: some machines give idle pages back within seconds."""
+    for path in (Path(path) for of_class in shards.values() for path in of_class):
+        for file in [path] if path.is_file() else path.iterdir():
+            file.read_bytes()
 
 
 def s3_parts(bench: Bench, loaders: list[Loader], url: str, server: ObjectStore, arguments: argparse.Namespace) -> None:
