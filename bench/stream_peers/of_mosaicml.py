@@ -7,6 +7,7 @@ does not load beside a CPU build of torch; nothing of it is used here, and stubs
 from __future__ import annotations
 
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ def collate(samples: list[tuple[Any, int, str]]) -> tuple[Any, list[int], list[s
 class Loader:
     def __init__(self, job: Job) -> None:
         clean_stale_shared_memory()
+        tempfile.tempdir = job.cache  # its lock files stay where they are made
         streams = [_stream(job, label, folder) for label, (folder,) in job.data.items()]
         # Two classes have 3 clips of every batch and an epoch ends with them, so it takes more than EPOCH_CLIPS.
         clips = 2 * EPOCH_CLIPS if job.mode != "steady" else 50 * EPOCH_CLIPS
