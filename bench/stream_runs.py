@@ -97,9 +97,9 @@ class Bench:
         return [w for w in tried if self.median(part, loader.name, w) >= least]
 
     def best(self, part: str, loader: Loader) -> int | None:
-        """The worker setting with the highest median of clips/s among those that ran most often, if any run was good."""
+        """Of the worker settings that ran most often the one with the highest median of clips/s, if any run was good."""
         runs = {w: len(self.found.get((part, loader.name, w), ())) for w in loader.workers}
-        most = max(max(runs.values()), 1)  # the one run of a dropped setting may just have been lucky
+        most = max(*runs.values(), 1)  # the one run of a dropped setting may just have been lucky
         rates = {w: self.median(part, loader.name, w) for w, n in runs.items() if n == most}
         return max(rates, key=rates.__getitem__) if rates else None
 
