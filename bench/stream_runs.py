@@ -97,7 +97,7 @@ class Bench:
         return [w for w in tried if self.median(part, loader.name, w) >= least]
 
     def best(self, part: str, loader: Loader) -> int | None:
-        """Of the worker settings that ran most often the one with the highest median of clips/s, if any run was good."""
+        """The worker setting with the highest median of clips/s, of those that ran most often."""
         runs = {w: len(self.found.get((part, loader.name, w), ())) for w in loader.workers}
         most = max(*runs.values(), 1)  # the one run of a dropped setting may just have been lucky
         rates = {w: self.median(part, loader.name, w) for w, n in runs.items() if n == most}
