@@ -121,6 +121,8 @@ class FaultProxy:
         """What becomes of an answer's body."""
         self.pause_s = 0.01
         """Of each small stall."""
+        self.delay_s = 0.0
+        """Before each request is passed on: a store that is far away."""
         self.plan()
 
     def plan(self, *faults: Fault) -> None:
@@ -173,6 +175,7 @@ class _Handler(BaseHTTPRequestHandler):
         proxy, size = self.server.proxy, int(self.headers.get("Content-Length") or 0)
         request = Request(self.command, self.path, {k.lower(): v for k, v in self.headers.items()}, size)
         fault = proxy.draw(request) or Fault("")
+        time.sleep(proxy.delay_s)
         part = self._read(int(size * fault.at) if fault.kind == "cut_up" else size, slow=fault.kind == "slow_up")
         if fault.kind in ("lost", "cut_up"):
             self._ask(part, whole=fault.kind == "lost")

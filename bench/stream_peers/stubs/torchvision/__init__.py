@@ -1,0 +1,1 @@
+"""Stands in for torchvision, which mosaicml-streaming imports and this benchmark never calls (see of_mosaicml.py)."""
