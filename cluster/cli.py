@@ -178,7 +178,9 @@ def predict(
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
     """
     from cluster.predict import predict as job
+    from cluster.predict_dataset import predict_dataset
     from micacl.bundle import load_bundle
+    from pipeline.dataset import open_dataset
     from pipeline.ray_local import ray_session
     from pipeline.sources import SourceOptions, list_videos
     from pipeline.storage import open_store
