@@ -33,5 +33,5 @@ class Buffers:
                 if self._held[i].size == size and sys.getrefcount(self._held[i]) == _OURS:
                     return self._held[i].reshape(shape)
             new = np.empty(size, np.uint8)
-            self._held = [*self._held, new][-self.most :]
+            self._held = [*self._held, new][-self.most :] if self.most else []
             return new.reshape(shape)

@@ -28,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.bags import Bag
+from pipeline.buffers import Buffers
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
 from pipeline.decode import Pixels, StreamConfig, decode_bag
@@ -279,7 +280,8 @@ def _batch(
 
 def batch_of_bags(bags: Sequence[Bag], stream: StreamConfig) -> ClipBatch:
     """Bags in memory, decoded as an evaluation decodes them. Raises MicaclError."""
-    decoded = Decoded([Draw(n, (0, 0), n) for n in range(len(bags))], [bag.meta.key for bag in bags], [-1] * len(bags))
+    draws, keys = [Draw(n, (0, 0), n) for n in range(len(bags))], [bag.meta.key for bag in bags]
+    decoded = Decoded(draws, keys, [-1] * len(bags), Buffers(0).take)
     for n, bag in enumerate(bags):
         frames_NTHWC = decode_bag(bag, stream, None)
         decoded.place(n, frames_NTHWC.shape, bag.meta.key)[:] = frames_NTHWC

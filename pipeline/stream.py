@@ -64,7 +64,7 @@ class Decoded:
     draws: Sequence[Draw]
     keys: list[str]
     labels: list[int]
-    take: Callable[[tuple[int, ...]], Pixels] = np.empty
+    take: Callable[[tuple[int, ...]], Pixels]
     """Shape -> the array."""
     _frames: Pixels | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -86,7 +86,8 @@ class Decoded:
                 "They cannot be stacked.",
                 "Prepare all videos of a dataset with the same --crop settings.",
             )
-        return np.asarray(self._frames[i], np.uint8)
+        place: Pixels = self._frames[i]  # a view: what is written there is in the batch
+        return place
 
 
 class _Known(NamedTuple):

@@ -19,9 +19,10 @@ from micacl.torch_loader import TorchLoader
 from pipeline import PlanConfig, StreamConfig, open_dataset
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
-from pipeline.loader import ClipBatch, EvalLoader, Loader
+from pipeline.loader import ClipBatch, EvalLoader, Loader, batch_of_bags
 from pipeline.plan import EpochPlan
 from pipeline.rows import split_rows
+from pipeline.stream import BagStream
 from tests.gloo import run_ranks
 from tests.tiny_dataset import INSTANCES, SIZE, make_dataset
 
@@ -220,6 +221,16 @@ def test_every_row_is_evaluated_once(dataset: Dataset, ranks: int, clips_per_bat
 def test_evaluation_frames_do_not_depend_on_the_draw(dataset: Dataset) -> None:
     once, again = (seen(dataset.eval_loader("test", stream=STREAM, clips_per_batch=n)) for n in (3, 10))
     assert {value[2] for value in once.values()} == {value[2] for value in again.values()}
+
+
+def test_bags_in_memory_are_decoded_as_an_evaluation_decodes_them(dataset: Dataset) -> None:
+    rows = split_rows(dataset, "test")
+    with BagStream(dataset, rows, STREAM) as stream:
+        bags = [stream.bag(row) for row in range(len(rows))]
+    batch, (wanted,) = batch_of_bags(bags, STREAM), list(EvalLoader(rows, STREAM, clips_per_batch=len(rows)))
+    assert batch.frames_BNTHWC.dtype == np.uint8
+    assert np.array_equal(batch.frames_BNTHWC, wanted.frames_BNTHWC)
+    assert batch.keys == wanted.keys
 
 
 # Other processes.
