@@ -26,6 +26,7 @@ from pipeline.forget import forget
 from pipeline.raw import fetch_clip
 from pipeline.records import read_records
 from pipeline.report import write_report
+from pipeline.rows import split_rows
 from pipeline.shapes import QUARANTINED, RECORD, VERSION, misfit
 from pipeline.sources import list_videos
 from pipeline.status import dataset_status
@@ -134,8 +135,12 @@ def test_a_bag_outside_its_shard_is_refused(tmp_path: Path, column: str, value: 
     store.put(shard["index"]["path"], out.getvalue())
     shard["index"]["sha256"] = digest(out.getvalue())
     store.put(version_key(1), canonical_json({**body, "sha256": body_sha256(body)}).encode())
+    dataset = open_dataset(store.root)
     with pytest.raises(MicaclError, match="lies outside its shard"):
-        open_dataset(store.root)
+        _ = dataset.index
+    rows = split_rows(dataset, shard["split"])
+    with pytest.raises(MicaclError, match="lies outside its shard"):
+        rows.place(rows.rows_of(rows.shards.index(shard["path"]))[0])
 
 
 @pytest.mark.parametrize(

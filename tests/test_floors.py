@@ -30,10 +30,10 @@ def test_pipeline_loads_no_torch() -> None:
     assert loaded_by(modules_of(pipeline), ["torch", "deepspeed", "micacl", "cluster"]) == "[]"
 
 
-def test_ray_is_loaded_by_prepare_alone() -> None:
-    without = ("pipeline.prepare",)
-    assert loaded_by(modules_of(pipeline, without=without), ["ray"]) == "[]"
-    assert loaded_by(["pipeline.prepare"], ["ray"]) == "['ray']"
+def test_ray_is_loaded_by_its_two_doors_alone() -> None:
+    doors = ("pipeline.prepare", "pipeline.ray_stream")
+    assert loaded_by(modules_of(pipeline, without=doors), ["ray"]) == "[]"
+    assert all(loaded_by([door], ["ray"]) == "['ray']" for door in doors)
 
 
 def test_micacl_loads_no_ray_and_no_deepspeed() -> None:
