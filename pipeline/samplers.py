@@ -8,20 +8,28 @@ Frames are numbered through the bag, over the borders of its instances.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
 
 def pick_segments(instance_frames: Sequence[int], wanted: int, rng: np.random.Generator | None) -> list[list[int]]:
     """`wanted` frame numbers of each instance, in order of time, as `pick_frames`."""
-    stored_N = np.array(instance_frames)
-    edges_NT = np.arange(wanted + 1) * stored_N[:, None] / wanted
-    low_NT, high_NT = edges_NT[:, :-1], edges_NT[:, 1:]
+    low_NT, length_NT, last_N1, start_N1 = _segments(tuple(instance_frames), wanted)
     at_NT = rng.random(low_NT.shape) if rng is not None else 0.5
-    frames_NT = np.minimum((low_NT + at_NT * (high_NT - low_NT)).astype(np.int64), stored_N[:, None] - 1)
-    picked: list[list[int]] = (frames_NT + (np.cumsum(stored_N) - stored_N)[:, None]).tolist()
+    frames_NT = np.minimum((low_NT + at_NT * length_NT).astype(np.int64), last_N1) + start_N1
+    picked: list[list[int]] = frames_NT.tolist()
     return picked
+
+
+@functools.lru_cache(maxsize=1024)
+def _segments(instance_frames: tuple[int, ...], wanted: int) -> tuple[np.ndarray[Any, Any], ...]:
+    """(begin and length of each segment, last frame of each instance, frames before it). Bags are much alike."""
+    stored_N1 = np.array(instance_frames)[:, None]
+    edges_NT = np.arange(wanted + 1) * stored_N1 / wanted
+    return edges_NT[:, :-1], np.diff(edges_NT), stored_N1 - 1, np.cumsum(stored_N1, axis=0) - stored_N1
 
 
 def pick_frames(stored: int, wanted: int, rng: np.random.Generator | None) -> list[int]:

@@ -39,6 +39,7 @@ from pipeline.storage import LocalStore
 
 __all__ = ["BagStream", "Clip", "Decoded", "StreamConfig", "decode_bag"]
 
+_CLIPS_PER_TASK = 4
 _KNOWN = 32768
 """Bags of which is remembered where they and their members lie; one is some kilobyte."""
 
@@ -88,6 +89,13 @@ class Decoded:
             )
         place: Pixels = self._frames[i]  # a view: what is written there is in the batch
         return place
+
+
+class _Part(NamedTuple):
+    """Clips of a batch that one task decodes: a task a clip would cost a tenth of decoding it."""
+
+    batch: Decoded
+    clips: range
 
 
 class _Known(NamedTuple):
@@ -160,29 +168,34 @@ class BagStream:
 
     def read_batches(self, batches: Iterable[Sequence[Draw]], *, train: bool) -> Iterator[Decoded]:
         """The clips of each batch of draws, in order, `lookahead` of them in flight. No batch may be empty."""
-        todo = ((batch, i) for batch in map(self._begin, batches) for i in range(len(batch.draws)))
-        asked: deque[tuple[Decoded, int]] = deque()
-        flying: deque[tuple[Decoded, int, Future[None]]] = deque()
-        ahead = max(0, self.config.prefetch - self.config.lookahead)
+        todo = (part for batch in map(self._begin, batches) for part in _parts(batch))
+        asked: deque[_Part] = deque()
+        flying: deque[tuple[_Part, Future[None]]] = deque()
+        ask = max(0, self.config.prefetch - self.config.lookahead)
         pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="stream")
         try:
             while True:
-                while len(flying) <= self.config.lookahead:
-                    while len(asked) <= ahead and (item := next(todo, None)):
-                        self._spans.ask(item[0].draws[item[1]].row)
-                        asked.append(item)
+                while sum(len(part.clips) for part, _ in flying) <= self.config.lookahead:
+                    while sum(len(part.clips) for part in asked) <= ask and (part := next(todo, None)):
+                        for i in part.clips:
+                            self._spans.ask(part.batch.draws[i].row)
+                        asked.append(part)
                     if not asked:
                         break
-                    batch, i = asked.popleft()
-                    flying.append((batch, i, pool.submit(self._decode, batch, i, train)))
+                    part = asked.popleft()
+                    flying.append((part, pool.submit(self._decode_part, part, train)))
                 if not flying:
                     return
-                batch, i, done = flying.popleft()
+                part, done = flying.popleft()
                 done.result()
-                if i + 1 == len(batch.draws):
-                    yield batch
+                if part.clips.stop == len(part.batch.draws):
+                    yield part.batch
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def _decode_part(self, part: _Part, train: bool) -> None:
+        for i in part.clips:
+            self._decode(part.batch, i, train)
 
     def _decode(self, batch: Decoded, i: int, train: bool) -> None:
         """One clip into its place. Runs in a decode thread."""
@@ -218,3 +231,8 @@ class BagStream:
 
     def _begin(self, draws: Sequence[Draw]) -> Decoded:
         return Decoded(draws, [""] * len(draws), [-1] * len(draws), self._buffers.take)
+
+
+def _parts(batch: Decoded) -> Iterator[_Part]:
+    clips = len(batch.draws)
+    return (_Part(batch, range(i, min(i + _CLIPS_PER_TASK, clips))) for i in range(0, clips, _CLIPS_PER_TASK))
