@@ -1,6 +1,6 @@
 """A value by key, made once even when many threads ask for it at the same time; the least recently used go first.
 
-A forked child keeps what was made, and makes itself what threads of its parent were about to: those did not come along.
+A forked child begins with nothing: threads of its parent that were about to make a value did not come along.
 """
 
 from __future__ import annotations
@@ -29,9 +29,8 @@ class Once(Generic[K, V]):
 
     def after_fork(self) -> None:
         """In the child, before anything else runs there."""
-        self._lock = threading.Lock()  # a thread of the parent may have held it
-        self._values = OrderedDict((key, future) for key, future in list(self._values.items()) if future.done())
-        self.total = sum(self.size(future.result()) for future in self._values.values())
+        self._lock = threading.Lock()  # a thread of the parent may have held it, or that of any Future
+        self._values, self.total = OrderedDict(), 0
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """The value of `key`; `make()` if it is not held."""
