@@ -348,12 +348,13 @@ def test_a_state_may_be_loaded_while_iterating(dataset: Dataset, step: int) -> N
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_torch_loader_goes_on_from_a_state_that_is_loaded_while_iterating(dataset: Dataset, workers: int) -> None:
-    loader = TorchLoader(loader_of(dataset), workers=workers)
-    batches = iter(loader)
-    first = next(batches)
-    next(batches)
-    loader.load_state_dict(first.state)
-    assert [(b.epoch, b.step) for b in batches] == [(0, 1), (0, 2), (0, 3)]
-    one, other = iter(loader), iter(loader)
-    taken = [next(one), next(other), next(one), *other, *one]
-    assert [(b.epoch, b.step) for b in taken] == [(1, step) for step in range(4)]
+    with loader_of(dataset) as plain:
+        loader = TorchLoader(plain, workers=workers)
+        batches = iter(loader)
+        first = next(batches)
+        next(batches)
+        loader.load_state_dict(first.state)
+        assert [(b.epoch, b.step) for b in batches] == [(0, 1), (0, 2), (0, 3)]
+        one, other = iter(loader), iter(loader)
+        taken = [next(one), next(other), next(one), *other, *one]
+        assert [(b.epoch, b.step) for b in taken] == [(1, step) for step in range(4)]
