@@ -88,14 +88,19 @@ class TorchLoader:
         if not self.workers and not self.pin_memory:
             yield from map(TorchBatch.of, self.loader)
             return
-        self.loader.close()  # its threads would not come along to the workers
-        batches: DataLoader[TorchBatch] = DataLoader(
-            _Part(self.loader), batch_size=None, num_workers=self.workers, pin_memory=self.pin_memory
-        )
-        for batch in batches:
-            if self.workers:
-                self.loader.load_state_dict(batch.state)
-            yield batch
+        epoch = self.state_dict()["epoch"]
+        while self.state_dict()["epoch"] == epoch:
+            self.loader.close()  # its threads would not come along to the workers
+            for batch in self._batches():
+                if self.workers:
+                    self.loader.load_state_dict(batch.state)
+                here = self.state_dict()
+                yield batch
+                if self.state_dict() != here:  # a state was loaded, or another iterator took a batch: from there on
+                    break
+
+    def _batches(self) -> DataLoader[TorchBatch]:
+        return DataLoader(_Part(self.loader), batch_size=None, num_workers=self.workers, pin_memory=self.pin_memory)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the loader is: behind the last batch that was handed out."""

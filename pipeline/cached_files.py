@@ -97,6 +97,8 @@ def store(path: Path, fd: int, data: bytes, limit_bytes: int) -> None:
         while rest:
             rest = rest[os.write(fd, rest) :]
     with flocks.held(path.with_name("evict.lock")):
+        if not flocks.named(part(path), fd):  # the folder was cleared meanwhile, and the name is another fetcher's
+            raise FileNotFoundError(f"{part(path)} was deleted while it was written")
         _make_room(path.parent, limit_bytes - len(data) - _TRAILER.size)
         part(path).rename(path)
 

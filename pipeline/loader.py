@@ -116,10 +116,17 @@ class Loader:
         return self.steps_per_epoch
 
     def __iter__(self) -> Iterator[ClipBatch]:
-        """The batches that are left of the current epoch. Raises MicaclError, naming shard and key where it can."""
+        """The batches that are left of the current epoch. Raises MicaclError, naming shard and key where it can.
+
+        Iterators share one position: each ends when the loader leaves the epoch in which the iterator began.
+        """
         epoch, step = self._at
-        for _ in self._steps(epoch, step):
-            yield self._take()
+        steps, (_, workers) = self._steps(epoch, step), self.stripe
+        while steps and self._at[0] == epoch:
+            batch = self._take()
+            yield batch
+            if workers > 1 and batch.step == steps[-1]:  # the epoch's last is another worker's
+                return
 
     def batches(self, epochs: int) -> Iterator[ClipBatch]:
         """The batches from here to the end of epoch `epochs` - 1, read ahead across epochs and not beyond the last."""
@@ -182,17 +189,28 @@ class Loader:
         self._at, self.stripe = state["at"]
 
     def _take(self) -> ClipBatch:
+        batch = self._next()
+        if batch is None:  # what was opened reads to the end of a former `batches`, and somebody goes on behind it
+            self._end = None
+            batch = self._next()
+        assert batch is not None, "without an end there is a next one"
+        self._at = (batch.epoch, batch.step + 1)
+        if batch.step + 1 == self.plan(batch.epoch).steps:
+            self._at = (batch.epoch + 1, 0)
+        return batch
+
+    def _next(self) -> ClipBatch | None:
+        """None where the reader was told to end."""
         if self._batches is None or self._batches[0] != os.getpid():  # threads do not come along through a fork
             reader = self._reader(self._at[0])
             self._batches = (os.getpid(), reader, self._read(reader))
         try:
-            batch = next(self._batches[2])
+            batch = next(self._batches[2], None)
         except BaseException:
             self.close()
             raise
-        self._at = (batch.epoch, batch.step + 1)
-        if batch.step + 1 == self.plan(batch.epoch).steps:
-            self._at = (batch.epoch + 1, 0)
+        if batch is None:
+            self.close()
         return batch
 
     def _reader(self, epoch: int) -> BagStream:

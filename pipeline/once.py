@@ -1,12 +1,17 @@
-"""A value by key, made once even when many threads ask for it at the same time; the least recently used go first."""
+"""A value by key, made once even when many threads ask for it at the same time; the least recently used go first.
+
+A forked child begins with nothing: threads of its parent that were about to make a value did not come along.
+"""
 
 from __future__ import annotations
 
+import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 K = TypeVar("K")
 V = TypeVar("V")
@@ -20,6 +25,12 @@ class Once(Generic[K, V]):
         self.limit, self.size, self.total = limit, size, 0
         self._lock = threading.Lock()
         self._values: OrderedDict[K, Future[V]] = OrderedDict()
+        _all.add(self)
+
+    def after_fork(self) -> None:
+        """In the child, before anything else runs there."""
+        self._lock = threading.Lock()  # a thread of the parent may have held it, or that of any Future
+        self._values, self.total = OrderedDict(), 0
 
     def get(self, key: K, make: Callable[[], V]) -> V:
         """The value of `key`; `make()` if it is not held."""
@@ -60,3 +71,14 @@ class Once(Generic[K, V]):
             self.total -= self.size(self._values.pop(old).result())
             if self.total <= self.limit:
                 break
+
+
+_all: weakref.WeakSet[Once[Any, Any]] = weakref.WeakSet()
+
+
+def _in_child() -> None:
+    for once in _all:
+        once.after_fork()
+
+
+os.register_at_fork(after_in_child=_in_child)

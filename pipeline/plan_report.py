@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.cli import DatasetUrl, absolute, say
+from pipeline.contract import require_at_least
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.decode import StreamConfig
 from pipeline.loader import Loader
@@ -48,6 +49,8 @@ def describe_plan(
 
     `says` is the same as text; `quota` is clips per global batch, `uses` is draws of a clip in the epoch.
     """
+    require_at_least(1, ("--ranks", ranks), ("--nodes", nodes))
+    require_at_least(0, ("--epoch", epoch))
     loader = Loader(dataset, split, config, stream, ranks=ranks, nodes=nodes)
     plan, rows = loader.plan(epoch), loader.rows
     of_class = zip(dataset.labels, loader.index.counts, plan.quota_C.tolist(), plan.draws_C.tolist(), strict=True)

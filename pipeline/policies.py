@@ -21,7 +21,9 @@ Legend: C classes.
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import SupportsIndex
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +37,18 @@ SECOND_KEYS = ("subject", "scene")
 
 UNIT = 2**40
 """Shares are whole numbers of 1/UNIT and sum to 1."""
+
+_WHOLE = {
+    "global_batch": (1, 2**20),
+    "steps_per_epoch": (1, 2**30),
+    "shard_window": (1, None),
+    "seed": (0, None),
+    "clips_per_class": (0, None),
+    "then_from": (0, None),
+    "then_over": (0, 10_000),
+}
+"""Least and most of each field that is a whole number. The most keeps counts of clips far below 2^63, and looking ahead
+through a schedule short."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
@@ -71,6 +85,7 @@ class PlanConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        self._to_plain()
         for name, policy in (("policy", self.policy), *([("then", self.then)] if self.then else [])):
             if policy not in POLICIES:
                 refuse(f"--plan.{name} is {policy!r}.", f"Use one of {', '.join(POLICIES)}.")
@@ -81,13 +96,28 @@ class PlanConfig:
         if self.second and self.second not in SECOND_KEYS:
             refuse(f"--plan.second is {self.second!r}.", f"Use {' or '.join(SECOND_KEYS)}, or leave it out.")
         self._check_weights()
-        least = {"global_batch": 1, "steps_per_epoch": 1, "shard_window": 1}
-        for name in ("global_batch", "steps_per_epoch", "shard_window", "seed", "clips_per_class", "then_from"):
-            value, low = getattr(self, name), least.get(name, 0)
-            if value is not None and value < low:
-                refuse(f"--plan.{name.replace('_', '-')} is {value}.", f"Use {low} or more.")
-        if self.then_over < 0:
-            refuse(f"--plan.then-over is {self.then_over}.", "Use 0 or more epochs.")
+
+    def _to_plain(self) -> None:
+        """Numbers of numpy become Python's, weights a tuple: equal configs have equal hashes. Refuses other kinds."""
+        for name, (low, most) in _WHOLE.items():
+            value = getattr(self, name)
+            if value is None and name == "steps_per_epoch":
+                continue
+            flag = f"--plan.{name.replace('_', '-')} is {value!r}."
+            if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+                refuse(flag, "Give a whole number.")
+            if value < low:
+                refuse(flag, f"Use {low} or more.")
+            if most is not None and value > most:
+                refuse(flag, f"Use a number from {low} to {most}.")
+            object.__setattr__(self, name, operator.index(value))
+        for name in ("beta", "power"):
+            if not isinstance(value := getattr(self, name), int | float):
+                refuse(f"--plan.{name} is {value!r}.", "Give a number.")
+        try:
+            object.__setattr__(self, "weights", tuple(float(weight) for weight in self.weights))
+        except (TypeError, ValueError):
+            refuse(f"--plan.weights is {self.weights!r}.", "Give a list of numbers, one a class.")
 
     def _check_weights(self) -> None:
         custom = "custom" in (self.policy, self.then)

@@ -109,6 +109,8 @@ class SplitRows:
     def groups(self, column: str) -> NDArray[np.int64]:
         """Number of the subject or scene of each row, shape (N,); rows without one are a group. Raises MicaclError."""
         table = self.table if self.table is not None else _split_table(self.dataset, self.shards)
+        if table.num_rows != len(self):
+            raise foreign("a version file", ValueError(f"the index has {table.num_rows} of its {len(self)} rows"))
         values = table[column].combine_chunks()
         if values.null_count == len(values):
             raise MicaclError(
@@ -132,6 +134,7 @@ class SplitRows:
 
 def split_rows(dataset: Dataset, split: str) -> SplitRows:
     """The rows of one split. Raises MicaclError if there are none."""
+    _require_entries(dataset)
     entries: list[Mapping[str, Any]] = [e for e in dataset.body["shards"] if _seen_split(e, dataset.fold) == split]
     if dataset.where or dataset.loaded is not None:
         table = dataset.split(split)
@@ -142,7 +145,8 @@ def split_rows(dataset: Dataset, split: str) -> SplitRows:
 
 
 def table_rows(dataset: Dataset, table: pa.Table) -> SplitRows:
-    """Rows of the index that were chosen by hand, in its order."""
+    """Rows of the index that were chosen by hand, in its order. Raises MicaclError."""
+    _require_entries(dataset)
     return _of_table(dataset, dataset.body["shards"], table)
 
 
@@ -150,6 +154,8 @@ def _of_table(dataset: Dataset, entries: Sequence[Mapping[str, Any]], table: pa.
     paths = table["shard"].combine_chunks().dictionary_encode()
     counts = np.bincount(paths.indices.to_numpy(), minlength=len(paths.dictionary)).astype(np.int64)
     by_path = {entry["path"]: entry for entry in entries}
+    if lost := set(paths.dictionary.to_pylist()) - by_path.keys():
+        raise foreign("a version file", ValueError(f"it does not list {min(lost)}, which its index has"))
     return SplitRows(dataset, [by_path[path] for path in paths.dictionary.to_pylist()], counts, table)
 
 
@@ -157,6 +163,21 @@ def _split_table(dataset: Dataset, shards: Sequence[str]) -> pa.Table:
     wanted = set(shards)
     mask = [path in wanted for path in dataset.index["shard"].to_pylist()]
     return dataset.index.filter(pa.array(mask))
+
+
+def _require_entries(dataset: Dataset) -> None:
+    """Counts that would move the rows of other shards, and shards that would come twice. Raises MicaclError."""
+    seen: set[str] = set()
+    for entry in dataset.body["shards"]:
+        path = entry["path"]
+        if not 0 < entry["bags"] <= entry["bytes"] < 2**53:
+            what = f"{path} has {entry['bags']} bags in {entry['bytes']} bytes"
+        elif path in seen:
+            what = f"it lists {path} twice"
+        else:
+            seen.add(path)
+            continue
+        raise foreign(f"a version file of {dataset.store.root}", ValueError(what))
 
 
 def _seen_split(entry: Mapping[str, Any], fold: int | None) -> str:

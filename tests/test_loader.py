@@ -317,3 +317,58 @@ def die_at(rank: int, ranks: int, url: str, state: dict[str, Any], saved: str) -
                 os.kill(os.getpid(), 9)
             if not rank and not done:
                 Path(saved).write_text(json.dumps(batch.state))
+
+
+# Misuse, as it happens in notebooks.
+
+
+def places(batches: Iterable[ClipBatch]) -> list[tuple[int, int]]:
+    return [(batch.epoch, batch.step) for batch in batches]
+
+
+def test_iterating_goes_on_behind_the_end_of_batches(dataset: Dataset) -> None:
+    with loader_of(dataset) as loader:
+        assert places(loader.batches(1)) == [(0, step) for step in range(4)]
+        assert places(loader) == [(1, step) for step in range(4)]
+        next(part := loader.batches(3))
+        assert places(loader.batches(4)) == [*((2, step) for step in range(1, 4)), *((3, step) for step in range(4))]
+        assert places(part) == []
+
+
+def test_two_iterators_share_one_position(dataset: Dataset) -> None:
+    with loader_of(dataset) as loader:
+        one, other = iter(loader), iter(loader)
+        assert places([next(one), next(other)]) == [(0, 0), (0, 1)]
+        assert places(one) == [(0, 2), (0, 3)]
+        assert places(other) == [], "the epoch is over for both"
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_a_state_may_be_loaded_while_iterating(dataset: Dataset, step: int) -> None:
+    with loader_of(dataset) as loader:
+        states = [loader.state_dict(), *(batch.state for batch in loader)]
+        loader.load_state_dict(states[0])
+        batches = iter(loader)
+        next(batches)
+        next(batches)
+        loader.load_state_dict(states[step])
+        assert places(batches) == [(0, at) for at in range(step, 4)]
+        loader.load_state_dict(states[1])
+        next(batches := iter(loader))
+        loader.load_state_dict(states[4])
+        assert places(batches) == [], "of another epoch"
+        assert places(loader) == [(1, at) for at in range(4)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_torch_loader_goes_on_from_a_state_that_is_loaded_while_iterating(dataset: Dataset, workers: int) -> None:
+    with loader_of(dataset) as plain:
+        loader = TorchLoader(plain, workers=workers)
+        batches = iter(loader)
+        first = next(batches)
+        next(batches)
+        loader.load_state_dict(first.state)
+        assert [(b.epoch, b.step) for b in batches] == [(0, 1), (0, 2), (0, 3)]
+        one, other = iter(loader), iter(loader)
+        taken = [next(one), next(other), next(one), *other, *one]
+        assert [(b.epoch, b.step) for b in taken] == [(1, step) for step in range(4)]

@@ -619,3 +619,31 @@ def test_a_closed_cache_says_so(folder: Path) -> None:
     cache.close()
     with pytest.raises(ValueError, match="closed"):
         cache.get("a", lambda: b"")
+
+
+def test_a_fetch_that_outlives_its_folder_names_no_file_of_the_next_user(tmp_path: Path, tmp: Path) -> None:
+    """Closing does not wait for fetches. The late one must not give a finished name to what another is writing."""
+    begun, go_on, late = threading.Event(), threading.Event(), []
+    first = NodeCache(None, LIMIT)
+
+    def slow() -> bytes:
+        begun.set()
+        go_on.wait()
+        return data_of("a")
+
+    thread = threading.Thread(target=lambda: late.append(first.get("a", slow)))
+    thread.start()
+    begun.wait()
+    first.close()
+    assert not usual(tmp).exists()
+    with NodeCache(None, LIMIT) as second:
+
+        def meanwhile() -> bytes:
+            go_on.set()
+            thread.join()
+            assert finished(usual(tmp)) == []
+            return data_of("a")
+
+        assert second.get("a", meanwhile) == data_of("a")
+        assert holds(usual(tmp), "a")
+    assert late == [data_of("a")]

@@ -57,3 +57,12 @@ def test_the_command(url: str, tmp_path: Path) -> None:
 def test_a_split_that_cannot_be_shared_is_refused(url: str) -> None:
     with pytest.raises(MicaclError, match="not a multiple of 5 ranks"):
         describe_plan(open_dataset(url), "train", PlanConfig(), StreamConfig(), ranks=5, nodes=1, epoch=0)
+
+
+@pytest.mark.parametrize("wrong", [{"ranks": 0}, {"nodes": 0}, {"nodes": -1}, {"epoch": -1}], ids=str)
+def test_numbers_that_count_nothing_are_refused(url: str, wrong: dict[str, int]) -> None:
+    (flag,) = wrong
+    with pytest.raises(MicaclError, match=rf"--{flag} is {wrong[flag]}\."):
+        describe_plan(
+            open_dataset(url), "train", PlanConfig(), StreamConfig(), **{"ranks": 1, "nodes": 1, "epoch": 0, **wrong}
+        )

@@ -114,6 +114,17 @@ def test_a_schedule_moves_in_equal_steps() -> None:
         ({"policy": "custom", "weights": (1.0, 0.0)}, r"has the weights \[1\.0, 0\.0\]"),
         ({"policy": "custom", "weights": (1.0, float("nan"))}, r"has the weights"),
         ({"policy": "custom", "weights": (1.0, float("inf"))}, r"has the weights"),
+        ({"policy": "custom", "weights": ("a", "b")}, r"--plan\.weights is \('a', 'b'\).*numbers"),
+        ({"policy": "custom", "weights": 3}, r"--plan\.weights is 3"),
+        ({"global_batch": 6.0}, r"--plan\.global-batch is 6\.0.*whole number"),
+        ({"seed": 1.5}, r"--plan\.seed is 1\.5.*whole number"),
+        ({"steps_per_epoch": True}, r"--plan\.steps-per-epoch is True.*whole number"),
+        ({"global_batch": "6"}, r"--plan\.global-batch is '6'"),
+        ({"global_batch": None}, r"--plan\.global-batch is None"),
+        ({"global_batch": 10**9}, r"--plan\.global-batch is 1000000000\..*1 to 1048576"),
+        ({"steps_per_epoch": 2**62}, r"--plan\.steps-per-epoch is 46.*1 to"),
+        ({"then_over": 10**7}, r"--plan\.then-over is 10000000\..*0 to 10000"),
+        ({"power": "0.5"}, r"--plan\.power is '0\.5'"),
     ],
 )
 def test_bad_settings_are_refused_in_words(fields: dict[str, Any], words: str) -> None:
@@ -121,6 +132,16 @@ def test_bad_settings_are_refused_in_words(fields: dict[str, Any], words: str) -
         PlanConfig(**fields)
     assert caught.value.consequence == "No epoch can be planned."
     assert caught.value.remedy
+
+
+def test_numbers_of_numpy_and_lists_are_the_same_config() -> None:
+    plain = PlanConfig(policy="custom", weights=(1.0, 2.0, 3.0), seed=3, global_batch=6, steps_per_epoch=2)
+    for weights in ([1, 2, 3], np.array([1.0, 2.0, 3.0]), np.array([1, 2, 3], np.int32)):
+        whole = {"seed": np.int64(3), "global_batch": np.int32(6), "steps_per_epoch": np.uint8(2)}
+        config = PlanConfig(policy="custom", weights=weights, **whole)  # type: ignore[arg-type]
+        assert config == plain
+        rows = make_rows([20, 4, 9])
+        assert rows.plan(config).hash == rows.plan(plain).hash
 
 
 @pytest.mark.parametrize(

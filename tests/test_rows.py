@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,3 +147,64 @@ def test_once_makes_a_value_once_and_forgets_failures() -> None:
     with pytest.raises(OSError, match="gone"):
         once.get(9, fail)
     assert once.get(9, lambda: make(9)) == 90
+
+
+def test_a_forked_child_makes_what_its_parent_was_making() -> None:
+    """Its parent's threads do not come along: a value that one of them was making would be waited for for ever."""
+    once: Once[int, int] = Once(9)
+    once.get(1, lambda: 10)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow() -> int:
+        begun.set()
+        go_on.wait()
+        return 20
+
+    thread = threading.Thread(target=once.get, args=(2, slow))
+    thread.start()
+    begun.wait()
+    if (pid := os.fork()) == 0:
+        try:
+            signal.signal(signal.SIGALRM, signal.SIG_DFL)
+            signal.alarm(20)
+            os._exit([once.get(2, lambda: 21), once.get(1, lambda: 11), once.total] != [21, 11, 2])
+        finally:
+            os._exit(2)
+    status = os.waitpid(pid, 0)[1]
+    go_on.set()
+    thread.join()
+    assert status == 0
+    assert once.get(2, lambda: 22) == 20
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"bags": 0}, {"bags": -3}, {"bags": 10**20}, {"bytes": 0}, {"bytes": 10**30}, {"path": "shards/other.tar"}],
+    ids=str,
+)
+@pytest.mark.parametrize("way", ["version", "where", "subjects"])
+def test_a_version_that_was_edited_is_refused(tmp_path: Path, change: dict[str, Any], way: str) -> None:
+    """Each of these moved the rows of other shards, or ended in a traceback."""
+    store = LocalStore(make_dataset(tmp_path, {"train": {"sad": 6, "happy": 4}}, 0, max_bags=4))
+    body = {k: v for k, v in open_dataset(store.root).body.items() if k not in ("version", "parent", "sha256")}
+    first, *others = body["shards"]
+    commit(store, {**body, "shards": [{**first, **change}, *others]})
+    with pytest.raises(MicaclError, match=r"not what this release writes|is missing"):
+        read_all(open_dataset(store.root, where="frames > 0" if way == "where" else ""), way)
+
+
+def read_all(dataset: Dataset, way: str) -> None:
+    rows = split_rows(dataset, "train")
+    if way == "subjects":
+        assert len(rows.groups("subject")) == len(rows)
+    for place in map(rows.place, range(len(rows))):
+        if dataset.store.size(place.shard) is None:
+            raise MicaclError(f"{place.shard} is missing.", "", "")
+
+
+def test_a_shard_that_is_listed_twice_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(make_dataset(tmp_path, {"train": {"sad": 6, "happy": 4}}, 0, max_bags=4))
+    body = {k: v for k, v in open_dataset(store.root).body.items() if k not in ("version", "parent", "sha256")}
+    commit(store, {**body, "shards": [*body["shards"], body["shards"][0]]})
+    with pytest.raises(MicaclError, match=r"lists shards/.* twice"):
+        split_rows(open_dataset(store.root), "train")
