@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,9 @@ _OURS = 2
 class Buffers:
     """Byte arrays of one size at a time."""
 
-    def __init__(self, most: int) -> None:
-        """`most`: arrays that are kept for use again."""
-        self.most = most
+    def __init__(self, most: int, new: Callable[[int], NDArray[np.uint8]] | None = None) -> None:
+        """`most`: arrays that are kept for use again. `new`: makes one of so many bytes."""
+        self.most, self._new = most, new or _plain
         self._lock = threading.Lock()
         self._held: list[NDArray[np.uint8]] = []
 
@@ -32,6 +33,10 @@ class Buffers:
             for i in range(len(self._held)):
                 if self._held[i].size == size and sys.getrefcount(self._held[i]) == _OURS:
                     return self._held[i].reshape(shape)
-            new = np.empty(size, np.uint8)
+            new = self._new(size)
             self._held = [*self._held, new][-self.most :] if self.most else []
             return new.reshape(shape)
+
+
+def _plain(size: int) -> NDArray[np.uint8]:
+    return np.empty(size, np.uint8)

@@ -19,7 +19,7 @@ Legend: B clips per rank and batch, N instances, T frames per instance, H W heig
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import tee
 from typing import Any, Self
@@ -97,7 +97,7 @@ class Loader:
         """(w, W): of the steps from here on only w, w + W, ... of each epoch; for worker processes."""
         self._at = (0, 0)
         self._end: int | None = None
-        self._batches: tuple[int, BagStream, Iterator[ClipBatch]] | None = None
+        self._batches: tuple[int, BagStream, Generator[ClipBatch, None, None]] | None = None
         self._single: tuple[int, BagStream] | None = None
 
     def plan(self, epoch: int) -> EpochPlan:
@@ -133,6 +133,7 @@ class Loader:
         self._end = epochs
         while self._at[0] < epochs:
             yield self._take()
+        self.close()
 
     def batch(self, epoch: int, step: int) -> ClipBatch:
         """One batch by its place. Does not move the loader, and reads nothing ahead."""
@@ -161,15 +162,20 @@ class Loader:
 
     def seek(self, epoch: int, step: int) -> None:
         """Go on with a step of an epoch; the step behind its last is the next epoch's first."""
+        if not 0 <= step <= self.plan(epoch).steps:
+            raise IndexError(f"Step {step} is outside epoch {epoch} of {self.plan(epoch).steps} steps.")
         self.close()
         self._at = (epoch, step) if step < self.plan(epoch).steps else (epoch + 1, 0)
 
     def close(self) -> None:
         """Give back threads and files. Iterating opens them again."""
-        for held in (self._batches, self._single):
-            if held is not None and held[0] == os.getpid():  # what a fork left us is its parent's to close
-                held[1].close()
+        batches, single = self._batches, self._single
         self._batches = self._single = None
+        if batches is not None and batches[0] == os.getpid():  # what a fork left us is its parent's to close
+            batches[2].close()
+            batches[1].close()
+        if single is not None and single[0] == os.getpid():
+            single[1].close()
 
     def __enter__(self) -> Self:
         return self
@@ -216,7 +222,7 @@ class Loader:
     def _reader(self, epoch: int) -> BagStream:
         return BagStream(self.dataset, self.rows, self.stream, plan=self.plan(epoch), nodes=self.nodes)
 
-    def _read(self, reader: BagStream) -> Iterator[ClipBatch]:
+    def _read(self, reader: BagStream) -> Generator[ClipBatch, None, None]:
         """Reads ahead across epochs."""
         here, ahead = tee(self._places(*self._at))
         draws = (self.plan(epoch).draws(step, self.rank, self.ranks) for epoch, step in ahead)

@@ -55,6 +55,9 @@ class _Table:
 class SplitRows:
     """All rows of a split, in the order of the index."""
 
+    split: str | None = None
+    """The split that these are all rows of, if they are."""
+
     def __init__(
         self, dataset: Dataset, entries: Sequence[Mapping[str, Any]], counts: Ints, table: pa.Table | None
     ) -> None:
@@ -137,11 +140,13 @@ def split_rows(dataset: Dataset, split: str) -> SplitRows:
     _require_entries(dataset)
     entries: list[Mapping[str, Any]] = [e for e in dataset.body["shards"] if _seen_split(e, dataset.fold) == split]
     if dataset.where or dataset.loaded is not None:
-        table = dataset.split(split)
-        return _of_table(dataset, entries, table)
-    if not entries:
+        rows = _of_table(dataset, entries, dataset.split(split))
+    elif entries:
+        rows = SplitRows(dataset, entries, np.array([e["bags"] for e in entries], np.int64), None)
+    else:
         raise dataset.no_split(split, [_seen_split(e, dataset.fold) for e in dataset.body["shards"]])
-    return SplitRows(dataset, entries, np.array([e["bags"] for e in entries], np.int64), None)
+    rows.split = None if dataset.loaded is not None else split
+    return rows
 
 
 def table_rows(dataset: Dataset, table: pa.Table) -> SplitRows:

@@ -13,22 +13,25 @@ Legend: B clips of a batch, N instances, T frames per instance, H W height and w
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pipeline.bags import Bag
 from pipeline.buffers import Buffers
 from pipeline.contract import MicaclError
 from pipeline.dataset import Dataset
 from pipeline.decode import Pixels, StreamConfig, decode_bag, decode_frames
+from pipeline.decoders import Decoders, SharedArrays, can_share
 from pipeline.node_cache import NodeCache
 from pipeline.plan import Draw, EpochPlan
 from pipeline.reads import open_bytes_in_order, open_bytes_of_plan, whole_shards
@@ -39,7 +42,6 @@ from pipeline.storage import LocalStore
 
 __all__ = ["BagStream", "Clip", "Decoded", "StreamConfig", "decode_bag"]
 
-_CLIPS_PER_TASK = 4
 _KNOWN = 32768
 """Bags of which is remembered where they and their members lie; one is some kilobyte."""
 
@@ -76,26 +78,36 @@ class Decoded:
         assert self._frames is not None, "asked for before a clip was decoded"
         return self._frames
 
-    def place(self, i: int, shape: tuple[int, ...], key: str) -> Pixels:
-        """The place of clip i. Raises MicaclError if its shape is not that of the clips before it."""
+    def allocate(self, shape: tuple[int, ...]) -> Pixels:
+        """The array, made for clips of this shape if it is not there."""
         with self._lock:
             if self._frames is None:
                 self._frames = self.take((len(self.draws), *shape))
-        if self._frames.shape[1:] != shape:
+        return self._frames
+
+    def place(self, i: int, shape: tuple[int, ...], key: str) -> Pixels:
+        """The place of clip i. Raises MicaclError if its shape is not that of the clips before it."""
+        if self.allocate(shape).shape[1:] != shape:
             raise MicaclError(
-                f"A batch holds clips of the shapes {sorted({self._frames.shape[1:], shape})} (the last is {key}).",
+                f"A batch holds clips of the shapes {sorted({self.allocate(shape).shape[1:], shape})} (one is {key}).",
                 "They cannot be stacked.",
                 "Prepare all videos of a dataset with the same --crop settings.",
             )
-        place: Pixels = self._frames[i]  # a view: what is written there is in the batch
+        place: Pixels = self.allocate(shape)[i]  # a view: what is written there is in the batch
         return place
 
 
 class _Part(NamedTuple):
     """Clips of a batch that one task decodes: a task a clip would cost a tenth of decoding it."""
 
+    number: int
     batch: Decoded
     clips: range
+
+    def keep(self, found: list[tuple[str, int]]) -> None:
+        """Keys and labels of its clips."""
+        for i, (key, label) in zip(self.clips, found, strict=True):
+            self.batch.keys[i], self.batch.labels[i] = key, label
 
 
 class _Known(NamedTuple):
@@ -117,17 +129,20 @@ class BagStream:
         *,
         plan: EpochPlan | None = None,
         nodes: int = 1,
+        whole_S: NDArray[np.bool_] | None = None,
     ) -> None:
         """`plan`: of the draws that will come, for the choice of reads; else the natural order.
 
-        `nodes`: machines that read the plan together.
+        `nodes`: machines that read the plan together. `whole_S`: that choice, if it was made already.
         """
         self.rows = rows if isinstance(rows, SplitRows) else table_rows(dataset, rows)
         self.config, self.labels = config, dataset.labels
         self._url = dataset.store.url
         self._checked = Checked(len(self.rows))
+        self.whole_S = whole_S
         self._spans = self._open_spans(dataset, plan, nodes)
         self._known: dict[int, _Known] = {}
+        self._shape: tuple[int, ...] | None = None
         self._buffers = Buffers(2 + config.lookahead)
 
     def _open_spans(self, dataset: Dataset, plan: EpochPlan | None, nodes: int) -> Spans:
@@ -135,9 +150,10 @@ class BagStream:
             return LocalSpans(dataset.store)
         config, limit = self.config, self.config.cache_mb * 2**20
         is_open = open_bytes_in_order(self.rows, 1) if plan is None else open_bytes_of_plan(self.rows, plan)
-        whole_S = whole_shards(self.rows, is_open, mode=config.reads, cache_bytes=limit, nodes=nodes)
+        if self.whole_S is None:
+            self.whole_S = whole_shards(self.rows, is_open, mode=config.reads, cache_bytes=limit, nodes=nodes)
         cache = NodeCache(Path(config.cache_dir) if config.cache_dir else None, limit)
-        return RemoteSpans(self.rows, whole_S, cache, config, self._checked)
+        return RemoteSpans(self.rows, self.whole_S, cache, config, self._checked)
 
     def close(self) -> None:
         self._spans.close()
@@ -168,37 +184,42 @@ class BagStream:
 
     def read_batches(self, batches: Iterable[Sequence[Draw]], *, train: bool) -> Iterator[Decoded]:
         """The clips of each batch of draws, in order, `lookahead` of them in flight. No batch may be empty."""
-        todo = (part for batch in map(self._begin, batches) for part in _parts(batch))
+        numbers = itertools.count()
+        decoder = self._decoder()
+        todo = (part for batch in map(self._begin, batches) for part in _parts(batch, numbers, decoder.clips_per_task))
         asked: deque[_Part] = deque()
-        flying: deque[tuple[_Part, Future[None]]] = deque()
+        flying: deque[tuple[_Part, Future[Any]]] = deque()
         ask = max(0, self.config.prefetch - self.config.lookahead)
-        pool = ThreadPoolExecutor(self.config.threads, thread_name_prefix="stream")
         try:
             while True:
                 while sum(len(part.clips) for part, _ in flying) <= self.config.lookahead:
                     while sum(len(part.clips) for part in asked) <= ask and (part := next(todo, None)):
-                        for i in part.clips:
-                            self._spans.ask(part.batch.draws[i].row)
+                        decoder.ask(part)
                         asked.append(part)
                     if not asked:
                         break
                     part = asked.popleft()
-                    flying.append((part, pool.submit(self._decode_part, part, train)))
+                    flying.append((part, decoder.submit(part, train)))
                 if not flying:
                     return
                 part, done = flying.popleft()
-                done.result()
+                part.keep(done.result())
                 if part.clips.stop == len(part.batch.draws):
                     yield part.batch
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            decoder.close()
 
-    def _decode_part(self, part: _Part, train: bool) -> None:
-        for i in part.clips:
-            self._decode(part.batch, i, train)
+    def _decoder(self) -> _Threads | _Processes:
+        if self.config.processes and can_share(self.rows):
+            return _Processes(self)
+        return _Threads(self)
 
-    def _decode(self, batch: Decoded, i: int, train: bool) -> None:
-        """One clip into its place. Runs in a decode thread."""
+    def ask(self, row: int) -> None:
+        """Begin to fetch a bag that will be read soon."""
+        self._spans.ask(row)
+
+    def decode(self, batch: Decoded, i: int, *, train: bool) -> None:
+        """One clip into its place. Runs in a decode thread or process. Raises MicaclError."""
         draw = batch.draws[i]
         view, known = self._checked_view(draw.row)
         table, spans = known.table, known.table.spans
@@ -212,6 +233,13 @@ class BagStream:
 
         decode_frames(table, member, self.config, rng, place)
         batch.keys[i], batch.labels[i] = table.key, known.label
+
+    def shape_of(self, row: int) -> tuple[int, ...]:
+        """(instances, frames per instance, height, width, RGB) of a bag; reads the first one. Raises MicaclError."""
+        if self._shape is None:
+            table = self._checked_view(row)[1].table
+            self._shape = (len(table.instance_frames), self.config.frames, table.size, table.size, 3)
+        return self._shape
 
     def _checked_view(self, row: int) -> tuple[memoryview, _Known]:
         """The span of a row and what is known of it. Raises MicaclError."""
@@ -233,6 +261,57 @@ class BagStream:
         return Decoded(draws, [""] * len(draws), [-1] * len(draws), self._buffers.take)
 
 
-def _parts(batch: Decoded) -> Iterator[_Part]:
+class _Threads:
+    """Decodes parts in threads of this process."""
+
+    clips_per_task = 4
+
+    def __init__(self, stream: BagStream) -> None:
+        self._stream = stream
+        self._pool = ThreadPoolExecutor(stream.config.threads, thread_name_prefix="stream")
+
+    def ask(self, part: _Part) -> None:
+        for i in part.clips:
+            self._stream.ask(part.batch.draws[i].row)
+
+    def submit(self, part: _Part, train: bool) -> Future[list[tuple[str, int]]]:
+        return self._pool.submit(self._decode, part, train)
+
+    def _decode(self, part: _Part, train: bool) -> list[tuple[str, int]]:
+        for i in part.clips:
+            self._stream.decode(part.batch, i, train=train)
+        return [(part.batch.keys[i], part.batch.labels[i]) for i in part.clips]
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Processes:
+    """Decodes parts in children (pipeline/decoders.py), into memory that both see."""
+
+    clips_per_task = 8
+
+    def __init__(self, stream: BagStream) -> None:
+        self._stream, self._arrays = stream, SharedArrays()
+        self._buffers = Buffers(2**30, self._arrays.new)  # none is ever dropped: a child has it mapped
+        self._children = Decoders(stream.rows, stream.config, stream.whole_S)
+
+    def ask(self, part: _Part) -> None:
+        self._children.ask(part.number, [part.batch.draws[i].row for i in part.clips])
+
+    def submit(self, part: _Part, train: bool) -> Future[Any]:
+        draws, batch = part.batch.draws, part.batch
+        batch.take = self._buffers.take
+        frames = batch.allocate(self._stream.shape_of(draws[0].row))
+        clips = [(i, draws[i].row, draws[i].rng_key if train else None) for i in part.clips]
+        return self._children.submit(part.number, self._arrays.shared(frames), frames.shape, clips)
+
+    def close(self) -> None:
+        self._children.close()
+        self._arrays.close()
+
+
+def _parts(batch: Decoded, numbers: Iterator[int], size: int) -> Iterator[_Part]:
     clips = len(batch.draws)
-    return (_Part(batch, range(i, min(i + _CLIPS_PER_TASK, clips))) for i in range(0, clips, _CLIPS_PER_TASK))
+    parts = (range(i, min(i + size, clips)) for i in range(0, clips, size))
+    return (_Part(next(numbers), batch, part) for part in parts)
