@@ -36,7 +36,8 @@ class Loader:
 
 
 LOADERS = (
-    Loader(name="ours", program="ours.py", workers=(1, 2, 3), house=True, resumes=True),
+    Loader(name="ours", program="ours_processes.py", workers=(1, 2), house=True, resumes=True),
+    Loader(name="ours by threads", program="ours.py", workers=(1, 2), house=True, resumes=True),
     Loader(name="ours by Ray Data", program="ours_ray.py", workers=(1, 2), house=True, resumes=True),
     Loader(name="webdataset", program="of_webdataset.py", workers=(0, 1, 2), tars=True),
     Loader(name="mosaicml", program="of_mosaicml.py", workers=(0, 1, 2), resumes=True),

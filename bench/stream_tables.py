@@ -7,8 +7,9 @@ import statistics
 from stream_runs import Bench, Loader
 
 NOTES = {
-    "ours": "uniform plan, sha256 of each bag checked when it is first read, position kept for resuming; S3: whole "
-    "shards, once, on local disk",
+    "ours": "uniform plan, sha256 of each bag checked when it is first read, position kept for resuming; decode "
+    "processes; S3: whole shards, once, on local disk",
+    "ours by threads": "the same, decoded by threads of the one process",
     "ours by Ray Data": "the same plan and batches, decoded by Ray Data actors, through its object store",
     "webdataset": "our tars, RandomMix of one resampled dataset a class; no cache; S3 by a boto3 opener in the "
     "process, where the library would start `aws s3 cp` for each shard",

@@ -20,7 +20,7 @@ class Loader:
         dataset = open_dataset(job.root)
         steps = EPOCH_CLIPS // BATCH if job.mode != "steady" else 10**5
         plan = PlanConfig(policy="uniform", global_batch=BATCH, steps_per_epoch=steps)
-        self.loader = dataset.loader("train", plan, stream=StreamConfig(threads=job.workers))
+        self.loader = dataset.loader("train", plan, stream=self.stream(job))
         if job.state:
             self.loader.load_state_dict(job.state)
         self.number_C = [CLASSES.index(label) for label in dataset.labels]
@@ -29,6 +29,9 @@ class Loader:
         for batch in self.batches():
             self.last = batch.state
             yield Batch(batch.frames_BNTHWC, [self.number_C[n] for n in batch.labels_B], batch.keys)
+
+    def stream(self, job: Job) -> StreamConfig:
+        return StreamConfig(threads=job.workers)
 
     def batches(self) -> Iterator[ClipBatch]:
         return self.loader.batches(1)
