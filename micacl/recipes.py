@@ -28,7 +28,7 @@ def r3d_18() -> RunConfig:
     return RunConfig(
         plan=PlanConfig(policy="uniform", global_batch=256),
         train=TrainConfig(epochs=300, lr=5e-4, log_every=20),
-        stream=StreamConfig(frames=4, lookahead=256, threads=8),
+        stream=StreamConfig(frames=4, lookahead=256, processes=8),
     )
 
 

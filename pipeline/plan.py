@@ -37,6 +37,9 @@ __all__ = ["POLICIES", "Draw", "EpochPlan", "PlanConfig", "PlanIndex", "PlanStat
 PLAN_ALGORITHM = 2
 """Part of every plan hash. Raised when the same input would give another sequence."""
 
+MAX_EPOCH = 10**6
+"""The totals of all epochs before are added up, some 20 us each."""
+
 _MIX, _DRAW = 16, 17  # the first word of each key; pipeline.class_order has 0 to 3
 
 
@@ -235,8 +238,8 @@ class PlanState:
         types = {"version": str, "plan": str, "epoch": int, "step": int, "global_batch": int}
         if not isinstance(value, Mapping) or {name: type(part) for name, part in value.items()} != types:
             _refuse_state(f"The sampling state {value!r} does not have the parts {', '.join(types)}.")
-        if min(value["epoch"], value["step"]) < 0:
-            _refuse_state(f"The sampling state {dict(value)!r} is before the first step.")
+        if min(value["epoch"], value["step"]) < 0 or value["epoch"] > MAX_EPOCH:
+            _refuse_state(f"The sampling state {dict(value)!r} is of no epoch from 0 to {MAX_EPOCH}.")
         return cls(**value)
 
 

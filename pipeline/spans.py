@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -102,6 +103,8 @@ class RemoteSpans:
         self._pool = ThreadPoolExecutor(config.io_threads, thread_name_prefix="stream-io")
         self._lock = threading.Lock()
         self._asked: set[object] = set()
+        self._queue: deque[tuple[object, int]] = deque()
+        self._free = config.io_threads
 
     def ask(self, row: int) -> None:
         shard = self.rows.shard_of(row)
@@ -110,7 +113,20 @@ class RemoteSpans:
             if unit in self._asked:
                 return
             self._asked.add(unit)
-        self._pool.submit(self._fetch, unit, row)
+            self._queue.append((unit, row))
+        self._begin(0)
+
+    def _begin(self, ended: int) -> None:
+        """Start what the free threads can do. The pool's own queue stays empty: it is worked off at exit."""
+        with self._lock:
+            self._free += ended
+            while self._free and self._queue:
+                try:
+                    self._pool.submit(self._fetch, *self._queue.popleft())
+                except RuntimeError:  # closed, or the process ends
+                    self._queue.clear()
+                    return
+                self._free -= 1
 
     def view(self, row: int, place: Place) -> memoryview:
         if not self._whole_S[shard := self.rows.shard_of(row)]:
@@ -148,8 +164,11 @@ class RemoteSpans:
         finally:
             with self._lock:
                 self._asked.discard(unit)
+            self._begin(1)
 
     def close(self) -> None:
+        with self._lock:
+            self._queue.clear()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self.cache.close()
 

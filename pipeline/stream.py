@@ -231,7 +231,10 @@ class BagStream:
         def place(shape: tuple[int, ...], _: type[np.uint8]) -> Pixels:
             return batch.place(i, shape, table.key)
 
-        decode_frames(table, member, self.config, rng, place)
+        try:
+            decode_frames(table, member, self.config, rng, place)
+        except MicaclError as error:
+            raise MicaclError(f"{self._url(known.place.shard)}: {error.cause}", error.consequence, error.remedy) from error
         batch.keys[i], batch.labels[i] = table.key, known.label
 
     def shape_of(self, row: int) -> tuple[int, ...]:
