@@ -234,7 +234,8 @@ class BagStream:
         try:
             decode_frames(table, member, self.config, rng, place)
         except MicaclError as error:
-            raise MicaclError(f"{self._url(known.place.shard)}: {error.cause}", error.consequence, error.remedy) from error
+            cause = f"{self._url(known.place.shard)}: {error.cause}"
+            raise MicaclError(cause, error.consequence, error.remedy) from error
         batch.keys[i], batch.labels[i] = table.key, known.label
 
     def shape_of(self, row: int) -> tuple[int, ...]:

@@ -86,8 +86,9 @@ def test_a_damaged_state_is_refused(change: dict[str, Any]) -> None:
         PlanState.from_dict({**good, **change})
     with pytest.raises(MicaclError, match="does not have the parts"):
         PlanState.from_dict({name: part for name, part in good.items() if name != "epoch"})
-    with pytest.raises(MicaclError, match="before the first step"):
-        PlanState.from_dict({**good, "step": -1})
+    for odd in ({"step": -1}, {"epoch": -1}, {"epoch": 10**9}):
+        with pytest.raises(MicaclError, match="is of no epoch from 0 to 1000000"):
+            PlanState.from_dict({**good, **odd})
 
 
 def test_bad_rows_are_refused_in_words() -> None:
