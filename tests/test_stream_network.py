@@ -110,8 +110,12 @@ def test_reads_are_few(there: Dataset, proxy: FaultProxy) -> None:
     drawn = {key for batch in batches_of(there, reads="range") for key in batch.keys}
     assert shard_reads(proxy).total() == len(drawn)
     proxy.plan()
-    batches_of(there)
-    assert set(shard_reads(proxy).values()) == {1}, "auto reads whole shards: one node, and all fit"
+    batches_of(there, prefetch=200)
+    whole = [request for request in proxy.asked("GET") if "range" not in request.headers]
+    reads = Counter(request.path.split("?")[0] for request in whole if "/shards/" in request.path)
+    assert set(reads.values()) == {1}, "auto reads whole shards: one node, and all fit"
+    alone = [request for request in proxy.asked("GET") if "range" in request.headers]
+    assert 0 < len(alone) <= 8, "but for the first clips"
 
 
 READER = """
