@@ -22,6 +22,8 @@ from pipeline.loader import Loader
 from pipeline.storage import LocalStore, open_store
 from tests.tiny_dataset import make_dataset
 
+pytestmark = pytest.mark.slow
+
 COUNTS = {"train": {"sad": 11, "happy": 18, "neutral": 1}, "test": {"sad": 2, "happy": 5, "unlabelled": 3}}
 PLAN = PlanConfig(global_batch=12, steps_per_epoch=6, seed=3)
 

@@ -25,6 +25,8 @@ from pipeline.cached_files import place
 from pipeline.node_cache import NodeCache
 from tests.cache_users import Fetch, User, data_of, fetches
 
+pytestmark = pytest.mark.slow
+
 LIMIT = 10**6
 TRAILER = 16
 

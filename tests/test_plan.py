@@ -112,6 +112,7 @@ def test_a_step_beyond_the_first_block_is_that_of_a_pass_in_order(second: str) -
     check.check_batch_counts(rows, config, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", ["", "subject"])
 def test_threads_that_share_a_plan_see_one_sequence(second: str) -> None:
     rows = make_rows([300, 40, 9], 7)
@@ -180,6 +181,7 @@ def test_a_rank_sees_no_fixed_pattern_of_classes(seed: int) -> None:
     check.check_no_pattern(seed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", ["", "subject"])
 def test_each_clip_of_a_class_comes_first_equally_often(second: str) -> None:
     """Over seeds, and over the epochs of one seed: eight clips in four shards, or in four groups of two."""
