@@ -9,9 +9,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from micacl.bundle import load_bundle
+from micacl.evaluate import classify_rank
 from micacl.predictor import Predictor
 from pipeline import open_dataset
-from pipeline.contract import DFEW_LABELS
+from pipeline.contract import DFEW_LABELS, MicaclError
+from pipeline.rows import split_rows
 from pipeline.stream import BagStream, StreamConfig
 from tests.cli import micacl
 from tests.tiny_bundle import make_bundle
@@ -43,11 +45,8 @@ def test_a_split_is_predicted_without_its_videos(tmp_path: Path) -> None:
     assert not rows
 
 
-def test_what_cannot_be_predicted_is_refused(tmp_path: Path) -> None:
-    url, bundle = make_dataset(tmp_path / "ds", COUNTS, 0), make_bundle(tmp_path / "bundle", crop=CROP)
-    for split, cause in (("val", "has no bag in split 'val'"),):
-        done = micacl("predict", bundle, url, str(tmp_path / "out"), "--split", split)
-        assert (done.code, cause in done.result["error"]["cause"]) == (2, True), done.stderr
-    other = make_dataset(tmp_path / "other", {"test": {"x": 1, "y": 1}}, 0)
-    done = micacl("predict", bundle, other, str(tmp_path / "out"), "--split", "test")
-    assert (done.code, "has the labels" in done.result["error"]["cause"]) == (2, True), done.stderr
+def test_a_dataset_of_other_labels_is_refused(tmp_path: Path) -> None:
+    bundle = load_bundle(make_bundle(tmp_path / "bundle", crop=CROP))
+    other = open_dataset(make_dataset(tmp_path / "other", {"test": {"x": 1, "y": 1}}, 0))
+    with pytest.raises(MicaclError, match="has the labels x, y; the model has"):
+        next(classify_rank(bundle, split_rows(other, "test")))
