@@ -105,7 +105,7 @@ class _Child:
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         try:
             socket.send_fds(self._socket, [json.dumps(message).encode()], fds)
-        except OSError:  # it died: what waits for it is told by _listen, and what comes later by submit
+        except ConnectionError:  # it died: what waits for it is told by _listen, and what comes later by submit
             return
 
     def submit(self, part: int, shared: Shared, work: dict[str, Any]) -> Future[Any]:

@@ -3,9 +3,6 @@
     ask(row)   begin to fetch: the shard, or the bag alone (pipeline/reads.py says which)     I/O threads
     view(row)  the bytes, waiting for them if need be; valid until the same thread asks for the next
 
-The first clips of a reader are fetched alone, before their shards, so that the first batch need not wait for sixteen
-shards; not if whole shards were asked for by name.
-
 Bytes are those that the index says: a bag's sha256 is checked when a process reads it for the first time, and again
 when the process had to fetch it again. A mismatch names the shard and the key.
 """
@@ -29,6 +26,8 @@ from pipeline.rows import Place, SplitRows
 from pipeline.storage import LocalStore, Store
 
 _OPEN_FILES = 128
+_FETCHES_AGAIN = 3
+"""Of bytes from far away that do not have their sha256, before that is taken for damage."""
 
 
 class Spans(Protocol):
@@ -105,29 +104,19 @@ class RemoteSpans:
         self._bags: Once[int, memoryview] = Once(config.range_mb * 2**20, len)
         self._pool = ThreadPoolExecutor(config.io_threads, thread_name_prefix="stream-io")
         self._lock = threading.Lock()
-        self._asked: set[tuple[str, int]] = set()
-        self._queue: deque[tuple[tuple[str, int], int]] = deque()
-        self._alone: set[int] = set()
-        self._alone_left = config.lookahead if config.reads == "auto" else 0
+        self._asked: set[object] = set()
+        self._queue: deque[tuple[object, int]] = deque()
         self._free = config.io_threads
 
     def ask(self, row: int) -> None:
-        with self._lock:
-            if self._alone_left:
-                self._alone_left -= 1
-                self._alone.add(row)
-        unit = self._unit(row)
+        shard = self.rows.shard_of(row)
+        unit: object = shard if self._whole_S[shard] else ("row", row)
         with self._lock:
             if unit in self._asked:
                 return
             self._asked.add(unit)
             self._queue.append((unit, row))
         self._begin(0)
-
-    def _unit(self, row: int) -> tuple[str, int]:
-        """What is fetched for a row: its shard, or the bag alone."""
-        shard = self.rows.shard_of(row)
-        return ("shard", shard) if self._whole_S[shard] and row not in self._alone else ("row", row)
 
     def _begin(self, ended: int) -> None:
         """Start what the free threads can do. The pool's own queue stays empty: it is worked off at exit."""
@@ -142,14 +131,7 @@ class RemoteSpans:
                 self._free -= 1
 
     def view(self, row: int, place: Place) -> memoryview:
-        found = self._read(row, place)
-        with self._lock:
-            self._alone.discard(row)  # the next time its shard is there
-        return found
-
-    def _read(self, row: int, place: Place) -> memoryview:
-        kind, shard = self._unit(row)
-        if kind == "row":
+        if not self._whole_S[shard := self.rows.shard_of(row)]:
             return self._bags.get(row, lambda: memoryview(self._get(row, row + 1, place)))
         whole = self.cache.get(
             self.store.url(place.shard), lambda: self._get(*self.rows.rows_of(shard), place, whole=True)
@@ -157,8 +139,11 @@ class RemoteSpans:
         return whole[place.offset : place.offset + place.size]
 
     def checked(self, row: int, place: Place, view: memoryview, where: str) -> memoryview:
-        if not matches(view, place):  # perhaps the fault of a disk that kept the cache between runs: fetch it once more
-            if self._unit(row)[0] == "shard":
+        for _ in range(_FETCHES_AGAIN):
+            if matches(view, place):
+                return view
+            # A disk may have spoilt what the cache kept between runs, or a network a range, which S3 sends no sum of.
+            if self._whole_S[self.rows.shard_of(row)]:
                 self.cache.forget(self.store.url(place.shard))
             self._bags.forget(row)
             view = self.view(row, place)
@@ -175,10 +160,10 @@ class RemoteSpans:
         except FileNotFoundError as error:
             raise missing(self.store, place.shard) from error
 
-    def _fetch(self, unit: tuple[str, int], row: int) -> None:
+    def _fetch(self, unit: object, row: int) -> None:
         """Warm the caches. A failure is not told here: `view` meets it again, in its place in the order."""
         try:
-            self._read(row, self.rows.place(row))
+            self.view(row, self.rows.place(row))
         except (MicaclError, OSError):
             pass
         finally:

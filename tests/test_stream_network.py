@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import random
@@ -31,6 +32,8 @@ pytestmark = pytest.mark.slow
 
 COUNTS = {"train": {"sad": 40, "happy": 70, "neutral": 2}}
 PLAN = PlanConfig(global_batch=12, steps_per_epoch=16, seed=1)
+PATIENT = dataclasses.replace(FAST, attempts=13)
+"""More attempts than a test has faults: threads meet them in any order."""
 KINDS = ("500", "503", "reset", "cut_down", "reset_down", "slow_down", "flip")
 
 
@@ -55,7 +58,7 @@ def there(here: Dataset, proxy: FaultProxy, s3: Callable[[str], str]) -> Dataset
     remote = open_store(s3("stream"))
     for entry in here.store.list():
         remote.put(entry.key, here.store.get(entry.key))
-    return Dataset(S3Store(remote.root, FAST), here.number, here.body, here.sha256)
+    return Dataset(S3Store(remote.root, PATIENT), here.number, here.body, here.sha256)
 
 
 def batches_of(dataset: Dataset, **stream: object) -> list[ClipBatch]:
@@ -110,12 +113,8 @@ def test_reads_are_few(there: Dataset, proxy: FaultProxy) -> None:
     drawn = {key for batch in batches_of(there, reads="range") for key in batch.keys}
     assert shard_reads(proxy).total() == len(drawn)
     proxy.plan()
-    batches_of(there, prefetch=200)
-    whole = [request for request in proxy.asked("GET") if "range" not in request.headers]
-    reads = Counter(request.path.split("?")[0] for request in whole if "/shards/" in request.path)
-    assert set(reads.values()) == {1}, "auto reads whole shards: one node, and all fit"
-    alone = [request for request in proxy.asked("GET") if "range" in request.headers]
-    assert 0 < len(alone) <= 8, "but for the first clips"
+    batches_of(there)
+    assert set(shard_reads(proxy).values()) == {1}, "auto reads whole shards: one node, and all fit"
 
 
 READER = """
