@@ -8,7 +8,8 @@ so that no torchvision build is needed. Its parameters carry torchvision's names
 
 Temporal stride is 2 in the last three stages. A clip of 4 frames leaves the last stage with 1; so does a clip of 1.
 
-Shape suffixes: M clips, C colour channels, T frames, H height, W width, D features.
+Shape suffixes: M clips, C colour channels, T frames, H height, W width, D features, F places in time of a stage,
+d features of that stage.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ class BackboneConfig:
     """`batch`, or `group`, which does not look at the other clips of the batch and so is the same on any ranks."""
     groups: int = 8
     """Most groups of a group norm; a divisor of the channels is taken."""
+    frame_stage: int = 2
+    """Stage (1 to 4) whose spatially pooled maps are the frame features of the contrastive loss. Time is halved by each
+    stage from the second on: stage 2 of a clip of 4 frames has 2 places in time, stage 4 has one."""
 
     def __post_init__(self) -> None:
         refuse_unknown("backbone.name", self.name, tuple(BLOCKS_PER_STAGE))
         refuse_unknown("backbone.norm", self.norm, NORMS)
         refuse_below("backbone.width", self.width, 1)
         refuse_below("backbone.groups", self.groups, 1)
+        refuse_unknown("backbone.frame-stage", str(self.frame_stage), ("1", "2", "3", "4"))
 
     @classmethod
     def tiny(cls, width: int = 16) -> BackboneConfig:
@@ -53,6 +58,11 @@ class BackboneConfig:
     def features(self) -> int:
         """Length of the feature vector of one clip."""
         return 8 * self.width
+
+    @property
+    def frame_features(self) -> int:
+        """Length of the feature vector of one place in time, at `frame_stage`."""
+        return self.width * int(2 ** (self.frame_stage - 1))
 
 
 def refuse_unknown(flag: str, value: str, known: tuple[str, ...]) -> None:
@@ -122,12 +132,16 @@ class Backbone(nn.Module):
             if isinstance(module, nn.Conv3d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, clips_MCTHW: Tensor) -> Tensor:
-        """(M, 3, T, H, W) to (M, features)."""
+    def forward(self, clips_MCTHW: Tensor) -> tuple[Tensor, Tensor]:
+        """(M, 3, T, H, W) to features (M, features) and frame features (M, F, frame_features)."""
         x = self.stem(clips_MCTHW)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
+        frames_MFd = x.new_zeros(0)
+        for number, layer in enumerate((self.layer1, self.layer2, self.layer3, self.layer4), start=1):
+            x = layer(x)
+            if number == self.config.frame_stage:
+                frames_MFd = x.mean((-2, -1)).transpose(1, 2)
         pooled: Tensor = self.avgpool(x)
-        return pooled.flatten(1)
+        return pooled.flatten(1), frames_MFd
 
 
 def _stage(config: BackboneConfig, inputs: int, outputs: int, stride: int, blocks: int) -> nn.Sequential:

@@ -11,7 +11,7 @@ Missing instances are left out before the backbone, so their pixels reach neithe
 statistics of a batch norm.
 
 Shape suffixes: B bags, N instances, C colour channels, T frames, H height, W width, D features, K classes,
-P projection.
+P projection, F places in time of a backbone stage, d features of that stage.
 """
 
 from __future__ import annotations
@@ -24,10 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from micacl.model.backbone import Backbone, BackboneConfig, refuse_below
+from micacl.model.backbone import Backbone, BackboneConfig, refuse_below, refuse_unknown
 from micacl.model.geiim import GEIIM, GEIIMConfig
 from micacl.model.wian import WIAN, WIANConfig
 from pipeline.contract import DFEW_LABELS, MicaclError
+
+SCALES = ("bag", "instance", "frame")
+PROTOTYPES = ("none", "learned", "classifier")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -43,12 +46,20 @@ class ModelConfig:
     """Label words; a word's place is its logit."""
     projection_dim: int = 128
     """Length of the contrastive embeddings; 0 builds no projection heads (for training without MCCL)."""
+    projection_scales: tuple[str, ...] = ("bag", "instance")
+    """Features that get a projection head: `bag`, `instance`, `frame`."""
+    prototypes: str = "none"
+    """Of each class and scale, for the contrastive loss: `none`, `learned` (a parameter), or `classifier`: an MLP of
+    the head's weights, as in balanced contrastive learning (Zhu et al., CVPR 2022)."""
     dropout: float = 0.0
     """Share of bag features set to 0 before the class scores in training. Draws from torch's global generator."""
 
     def __post_init__(self) -> None:
         refuse_below("model.instances", self.instances, 1)
         refuse_below("model.projection-dim", self.projection_dim, 0)
+        refuse_unknown("model.prototypes", self.prototypes, PROTOTYPES)
+        for scale in self.projection_scales:
+            refuse_unknown("model.projection-scales", scale, SCALES)
         if not 0.0 <= self.dropout < 1.0:
             raise MicaclError(f"model.dropout is {self.dropout}.", "Nothing was built.", "Use a share in [0, 1).")
         if len(self.classes) < 2 or len(set(self.classes)) != len(self.classes):
@@ -70,7 +81,9 @@ class Output:
     weights_BN: Tensor
     """Of each instance in the bag; sum to 1."""
     projections: dict[str, Tensor]
-    """L2-normalised embeddings by scale: `bag` (B, P) and `instance` (B, N, P). Empty without projection heads."""
+    """Unit-length embeddings by scale: `bag` (B, P), `instance` (B, N, P), `frame` (B, N, F, P). Only those with heads."""
+    prototypes: dict[str, Tensor] = field(default_factory=dict)
+    """L2-normalised (K, P) by scale, one embedding a class. Empty without prototypes."""
     valid_BN: Tensor | None
     """As given to forward."""
 
@@ -87,8 +100,16 @@ class MICACL(nn.Module):
         self.wian = WIAN(config.wian, features)
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(features, len(config.classes))
-        scales = ("bag", "instance") if config.projection_dim else ()
-        self.projections = nn.ModuleDict({scale: _projection(features, config.projection_dim) for scale in scales})
+        widths = {"bag": features, "instance": features, "frame": config.backbone.frame_features}
+        scales = config.projection_scales if config.projection_dim else ()
+        self.projections = nn.ModuleDict({s: _projection(widths[s], config.projection_dim) for s in scales})
+        self.prototypes = nn.ParameterDict()
+        self.prototype_heads = nn.ModuleDict()
+        for scale in scales:
+            if config.prototypes == "learned":
+                self.prototypes[scale] = nn.Parameter(torch.randn(len(config.classes), config.projection_dim))
+            elif config.prototypes == "classifier":
+                self.prototype_heads[scale] = _projection(features, config.projection_dim)
 
     def forward(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None = None) -> Output:
         """Score a batch of bags.
@@ -98,28 +119,33 @@ class MICACL(nn.Module):
         does not fit, or when a bag has no valid instance.
         """
         self._check(clips_BNCTHW, valid_BN)
-        x_BND = self._encode(clips_BNCTHW, valid_BN)
+        x_BND, frames_BNFd = self._encode(clips_BNCTHW, valid_BN)
         h_BND = x_BND if self.geiim is None else self.geiim(x_BND, valid_BN)
         bag_BD, weights_BN = self.wian(h_BND, valid_BN)
-        features = {"bag": bag_BD, "instance": h_BND}
+        features = {"bag": bag_BD, "instance": h_BND, "frame": frames_BNFd}
         return Output(
             logits_BK=self.head(self.dropout(bag_BD)),
             bag_BD=bag_BD,
             instances_BND=h_BND,
             weights_BN=weights_BN,
             projections={scale: _unit(head(features[scale])) for scale, head in self.projections.items()},
+            prototypes=self._class_prototypes(),
             valid_BN=valid_BN,
         )
 
-    def _encode(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None) -> Tensor:
-        """(B, N, D) features of every instance by itself; zeros where an instance is missing."""
+    def _class_prototypes(self) -> dict[str, Tensor]:
+        learned = {scale: _unit(p_KP) for scale, p_KP in self.prototypes.items()}
+        return learned | {scale: _unit(mlp(self.head.weight)) for scale, mlp in self.prototype_heads.items()}
+
+    def _encode(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(B, N, D) features of every instance by itself and (B, N, F, d) frame features; zeros where it is missing."""
         bags, instances = clips_BNCTHW.shape[:2]
         if valid_BN is None:
-            encoded: Tensor = self.backbone(clips_BNCTHW.flatten(0, 1))
-            return encoded.reshape(bags, instances, -1)
-        present_MD: Tensor = self.backbone(clips_BNCTHW[valid_BN])
-        x_BND = present_MD.new_zeros(bags, instances, present_MD.shape[1])
-        return x_BND.masked_scatter(valid_BN[:, :, None], present_MD)
+            x_MD, frames_MFd = self.backbone(clips_BNCTHW.flatten(0, 1))
+            return x_MD.unflatten(0, (bags, instances)), frames_MFd.unflatten(0, (bags, instances))
+        present = self.backbone(clips_BNCTHW[valid_BN])
+        x_BND, frames_BNFd = (_spread(part, valid_BN) for part in present)
+        return x_BND, frames_BNFd
 
     def _check(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None) -> None:
         shape = tuple(clips_BNCTHW.shape)
@@ -147,6 +173,13 @@ class MICACL(nn.Module):
                 "Nothing was computed: there is nothing to look at.",
                 "Leave such bags out of the batch.",
             )
+
+
+def _spread(present_Mx: Tensor, valid_BN: Tensor) -> Tensor:
+    """(M, ...) rows of the valid instances to (B, N, ...), zeros in the place of the others."""
+    out = present_Mx.new_zeros(*valid_BN.shape, *present_Mx.shape[1:])
+    mask = valid_BN.reshape(*valid_BN.shape, *(1,) * (present_Mx.ndim - 1))
+    return out.masked_scatter(mask, present_Mx)
 
 
 def _projection(features: int, projection_dim: int) -> nn.Sequential:
