@@ -81,7 +81,7 @@ class Output:
     weights_BN: Tensor
     """Of each instance in the bag; sum to 1."""
     projections: dict[str, Tensor]
-    """Unit-length embeddings by scale: `bag` (B, P), `instance` (B, N, P), `frame` (B, N, F, P). Only those with heads."""
+    """Unit-length embeddings by scale: `bag` (B, P), `instance` (B, N, P), `frame` (B, N, F, P)."""
     prototypes: dict[str, Tensor] = field(default_factory=dict)
     """L2-normalised (K, P) by scale, one embedding a class. Empty without prototypes."""
     valid_BN: Tensor | None
