@@ -157,18 +157,24 @@ def _overview(verbs: Mapping[str, Verb], prog: str) -> str:
     return "\n".join([*lines, *(f"  {name:<10}{verb.help}" for name, verb in verbs.items()), ""])
 
 
-def demo_bucket(raw: Raw, seed: int = 7) -> dict[str, Any]:
-    """Write the synthetic raw bucket to a folder or s3:// URL.
+def demo_bucket(raw: Raw, seed: int = 7, kind: str = "expressions") -> dict[str, Any]:
+    """Write a synthetic raw bucket to a folder or s3:// URL.
 
     Args:
         raw: folder or s3://bucket/prefix to write to.
         seed: of everything that is drawn; same seed, same bytes.
+        kind: expressions (the demo's), or dynamics: eight classes that differ in nothing but the order of their frames.
     """
     from pipeline.demo import DemoConfig, write_raw_bucket
+    from pipeline.demo_dynamics import DynamicsConfig, write_dynamics_bucket
     from pipeline.storage import open_store
 
+    if kind not in ("expressions", "dynamics"):
+        raise MicaclError(f"--kind is {kind!r}.", "Nothing was written.", "Use expressions or dynamics.")
     store = open_store(raw)
     store.check()
+    if kind == "dynamics":
+        return {"raw": absolute(raw), **write_dynamics_bucket(store, DynamicsConfig(seed=seed))}
     return {"raw": absolute(raw), **write_raw_bucket(store, DemoConfig(seed=seed))}
 
 

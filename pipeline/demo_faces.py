@@ -89,6 +89,8 @@ class Subject:
     """For each pixel of the subject the pixel of the portrait that it shows."""
     light: float
     """Brightness of the skin, and so of what shows between open lips; 1 is the photograph."""
+    mirrored: bool
+    """Left and right of the portrait are swapped."""
 
 
 def load_portrait() -> Bytes:
@@ -117,19 +119,28 @@ def make_subject(rng: np.random.Generator) -> Subject:
     contrast, brightness = rng.uniform(0.82, 1.12), rng.uniform(-0.05, 0.05)
     face_HW3 = blur((face_HW3 - 0.5) * np.float32(contrast) + np.float32(0.5 + brightness), rng.uniform(0.1, 0.8))
     portrait_HW3 = (np.clip(face_HW3, 0, 1) * 255).round().astype(np.uint8)
-    return Subject(portrait_HW3=portrait_HW3, shape_HW2=face_shape(rng), light=float(tone_3.mean()))
+    shape_HW2, swapped = face_shape(rng)
+    return Subject(portrait_HW3=portrait_HW3, shape_HW2=shape_HW2, light=float(tone_3.mean()), mirrored=swapped)
 
 
 def render_clip(subject: Subject, label: str, frames: int, side: int, rng: np.random.Generator) -> Bytes:
     """Draw one clip that starts at rest: (T, side, side, 3) RGB. Raises MicaclError for an unknown label."""
     require_label(label, DFEW_LABELS, "a demo clip")
     weights_TU, open_T = expression_course(label, frames, rng)
+    return render_course(subject, weights_TU, unit_fields(), open_T, side, rng)
+
+
+def render_course(
+    subject: Subject, weights_TU: Floats, fields_UHW2: Floats, open_T: Floats, side: int, rng: np.random.Generator
+) -> Bytes:
+    """(T, side, side, 3) RGB of a face that moves by these weights of these fields; head, light and grain by `rng`."""
+    frames = len(weights_TU)
     head_T23 = head_motion(frames, side, rng)
     light_T = 1 + drift(frames, rng) * 0.08
     grain_HW = rng.normal(0, rng.uniform(1.0, 2.5), (2 * side, 2 * side)).astype(np.float32)
     out_THW3 = np.empty((frames, side, side, 3), np.uint8)
     for t in range(frames):
-        posed_HW3 = pose_face(subject, weights_TU[t], float(open_T[t]))
+        posed_HW3 = pose_face(subject, weights_TU[t], fields_UHW2, float(open_T[t]))
         seen_HW3 = warp(posed_HW3, turned(subject.shape_HW2, head_T23[t], side), cv2.INTER_LINEAR)
         y, x = rng.integers(0, side, 2)
         noisy_HW3 = seen_HW3 * np.float32(light_T[t]) + grain_HW[y : y + side, x : x + side, None]
@@ -162,11 +173,11 @@ def expression_course(label: str, frames: int, rng: np.random.Generator) -> tupl
     return weights_TU, apex.get("open", 0.0) * rng.uniform(0.85, 1.15) * course(0.03) + idle_open_T
 
 
-def pose_face(subject: Subject, weights_U: Floats, mouth_open: float) -> Bytes:
+def pose_face(subject: Subject, weights_U: Floats, fields_UHW2: Floats, mouth_open: float) -> Bytes:
     """The portrait with its face moved, before shape and head motion, (256, 256, 3) RGB."""
     left, top, right, bottom = FACE
     grid_HW2 = pixel_grid()[top:bottom, left:right]
-    source_HW2 = grid_HW2 - np.einsum("u,uhwc->hwc", weights_U, unit_fields())
+    source_HW2 = grid_HW2 - np.einsum("u,uhwc->hwc", weights_U, fields_UHW2)
     depth_HW, under_HW = part_lips(source_HW2, mouth_open)
     moved_HW3 = warp(subject.portrait_HW3, source_HW2, cv2.INTER_CUBIC)
     if mouth_open > 0.2:
@@ -217,8 +228,8 @@ def head_motion(frames: int, side: int, rng: np.random.Generator) -> Floats:
     return out_T23
 
 
-def face_shape(rng: np.random.Generator) -> Floats:
-    """(256, 256, 2): wider or longer face, eyes apart, mouth height, jaw width, mirrored or not."""
+def face_shape(rng: np.random.Generator) -> tuple[Floats, bool]:
+    """(256, 256, 2): wider or longer face, eyes apart, mouth height, jaw width; and whether it is mirrored."""
     grid_HW2 = pixel_grid()
     wide, tall = rng.uniform(0.9, 1.12), rng.uniform(0.93, 1.08)
     map_HW2 = (grid_HW2 - (MIDDLE_X, 128)) / (wide, tall) + (MIDDLE_X, 128)
@@ -227,9 +238,10 @@ def face_shape(rng: np.random.Generator) -> Floats:
     bumps += [(MIDDLE_X, 146.0, 0.0, mouth, 24.0, 14.0)]
     bumps += [(128.0 + s * 40, 158.0, s * jaw, 0.0, 16.0, 24.0) for s in (-1, 1)]
     map_HW2 -= sum(bump_field(map_HW2.astype(np.float32), bump) for bump in bumps)
-    if rng.random() < 0.5:
+    swapped = bool(rng.random() < 0.5)
+    if swapped:
         map_HW2 = map_HW2[:, ::-1]
-    return np.ascontiguousarray(map_HW2, np.float32)
+    return np.ascontiguousarray(map_HW2, np.float32), swapped
 
 
 def backdrop(rng: np.random.Generator) -> Floats:
