@@ -1,0 +1,111 @@
+"""Every recipe builds, trains a step and prints what it resolved to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from micacl.batch import collate, to_input
+from micacl.config import RunConfig, from_dict, to_dict
+from micacl.loss.objective import Objective
+from micacl.loss.progress import Progress
+from micacl.model.backbone import BackboneConfig
+from micacl.model.micacl import build_model
+from micacl.recipes import CHANGES, LONG_TAIL, PARTS, RECIPES, SETS, expand, recipe
+from micacl.train.engine import PlainEngine
+from pipeline.contract import MicaclError
+from pipeline.loader import ClipBatch
+
+CLIPS = 7
+
+
+def small(config: RunConfig) -> RunConfig:
+    """The recipe at a size for a CPU: fewer channels and pixels; all else as it is."""
+    backbone = dataclasses.replace(config.model.backbone, width=8, norm="group")
+    model = dataclasses.replace(config.model, backbone=backbone)
+    return dataclasses.replace(config, model=model, batch=dataclasses.replace(config.batch, side=32))
+
+
+def clips(config: RunConfig) -> ClipBatch:
+    rng = np.random.default_rng(1)
+    shape = (CLIPS, config.model.instances, config.stream.frames, 40, 40, 3)
+    return ClipBatch(
+        frames_BNTHWC=rng.integers(0, 256, shape, dtype=np.uint8),
+        labels_B=np.array([0, 0, 0, 1, 1, 2, 6]),
+        keys=tuple(f"c{i}" for i in range(CLIPS)),
+        rows_B=np.arange(CLIPS),
+        positions_B=np.arange(CLIPS),
+        rng_keys_B2=rng.integers(0, 2**63, (CLIPS, 2), dtype=np.uint64),
+        mask_B=np.ones(CLIPS, bool),
+        epoch=0,
+        step=0,
+        state={},
+    )
+
+
+@pytest.mark.parametrize("name", [*RECIPES, *(f"tiny-cpu+{change}" for change in CHANGES)])
+def test_every_recipe_builds_and_takes_a_step(name: str) -> None:
+    config = small(recipe(name))
+    assert from_dict(RunConfig, to_dict(config)) == config
+    model = build_model(config.model, seed=0)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    engine, objective = PlainEngine(model, config.train), Objective(config.loss, config.model.classes and (40, 20, 9, 8, 7, 2, 4))
+    batch = collate(clips(config), config.batch, train=True)
+    output = engine.forward(to_input(batch, torch.device("cpu")))
+    losses = objective(output, batch.labels_B, engine.gather, Progress())
+    engine.step(losses.total, 1e-3)
+    assert torch.isfinite(losses.total)
+    assert ("mccl_bag" in losses.parts) == config.loss.mccl
+    assert not torch.equal(before["head.weight"], model.state_dict()["head.weight"])
+
+
+def test_parts_differ_from_the_baseline_in_one_place() -> None:
+    plain = recipe("tiny-cpu+baseline")
+    for part in ("geiim", "wian"):
+        config = recipe(f"tiny-cpu+{part}")
+        assert dataclasses.replace(config.model, **{part: getattr(plain.model, part)}) == plain.model
+        assert config != plain
+        assert config.loss == plain.loss
+    with_mccl = recipe("tiny-cpu+mccl")
+    assert with_mccl.loss == recipe("tiny-cpu").loss
+    assert dataclasses.replace(with_mccl.model, projection_dim=0) == plain.model
+    assert recipe("tiny-cpu+all") == recipe("tiny-cpu")
+
+
+def test_long_tail_methods_keep_the_model_and_the_length() -> None:
+    base = recipe("tiny-cpu")
+    for name in LONG_TAIL:
+        config = recipe(f"tiny-cpu+{name}")
+        assert (config.model.geiim, config.model.wian, config.model.backbone) == (
+            base.model.geiim,
+            base.model.wian,
+            base.model.backbone,
+        )
+        assert config.train.epochs == base.train.epochs
+        assert config.loss.mccl == name.startswith("mccl")
+    assert len({recipe(f"tiny-cpu+{name}").hash for name in LONG_TAIL}) == len(LONG_TAIL)
+
+
+def test_the_second_stage_and_the_level_plan_begin_together() -> None:
+    config = recipe("tiny-cpu+crt")
+    assert config.train.retrain_head_from == config.plan.then_from == 24
+    assert (config.plan.policy, config.plan.then) == ("natural", "uniform")
+
+
+def test_sets_and_lists() -> None:
+    assert expand("tiny-cpu+parts") == [f"tiny-cpu+{part}" for part in PARTS]
+    assert expand("dfew, dfew+crt,dfew") == ["dfew", "dfew+crt"]
+    assert len(expand("dfew+ablation")) == len(SETS["ablation"]) == len(CHANGES)
+    assert expand("tiny-cpu+baseline+long-tail")[0] == "tiny-cpu+baseline+cross-entropy"
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("tiny_cpu", "tiny-cpu"), ("tiny-cpu+oversampel", "oversampling"), ("", "tiny-cpu")]
+)
+def test_unknown_names_are_refused_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(MicaclError) as caught:
+        expand(name)
+    assert near in str(caught.value.args)
