@@ -264,7 +264,7 @@ def test_objective_refuses_in_words() -> None:
     with pytest.raises(MicaclError, match=r"loss\.name is 'focal'"):
         LossConfig(name="focal")
     with pytest.raises(MicaclError, match=r"loss\.scales"):
-        LossConfig(scales=("bag", "frame"))
+        LossConfig(scales=("bag", "clip"))
     with pytest.raises(MicaclError, match="counts of 4"):
         Objective(LossConfig(), [1, 1, 1, 1])(an_output(LOGITS), LABELS)
     with pytest.raises(MicaclError, match="no projection head"):
