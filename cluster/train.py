@@ -13,7 +13,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ import ray.train
 import ray.train.torch
 import torch
 import tyro
+from torch import Tensor
 
 from cluster.claim import claim, claimed
 from cluster.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
@@ -209,8 +210,10 @@ def _train_rank(job: dict[str, Any]) -> None:
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     data = train_data(open_dataset(job["dataset"], job["version"], config.train.fold, config.train.where), config)
     engine = _engine(config, scaling, config.plan.global_batch // ranks)
-    store, objective = open_store(job["run"]), Objective(config.loss, data.seen_counts)
-    start = _resume(engine, objective, data, job["run"])
+    store = open_store(job["run"])
+    start, kept = _resume(engine, data, job["run"])
+    objective = Objective(config.loss, data.seen_counts, engine.model)
+    objective.import_state(kept)
     say = _say_as(rank, job["progress"])
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
@@ -262,16 +265,15 @@ def _engine(config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> E
     )
 
 
-def _resume(engine: Engine, objective: Objective, data: TrainData, run_url: str) -> int:
-    """Updates done: those of the newest complete checkpoint, which is loaded, or of where the run was told to begin."""
+def _resume(engine: Engine, data: TrainData, run_url: str) -> tuple[int, Mapping[str, Tensor]]:
+    """(updates done, state of the objective): of the newest complete checkpoint, or of where the run is to begin."""
     store = open_store(run_url)
     if not complete_steps(store):
-        return _begin(engine, data, run_url)
+        return _begin(engine, data, run_url), {}
     checkpoint = read_checkpoint(store)
     data.require_same(PlanState.from_dict(checkpoint.state["plan"]))
     engine.import_state(checkpoint.weights, checkpoint.moments, checkpoint.step, _head_step(data, checkpoint.step))
-    objective.import_state(checkpoint.objective)
-    return checkpoint.step
+    return checkpoint.step, checkpoint.objective
 
 
 def _head_step(data: TrainData, step: int) -> int:

@@ -56,6 +56,8 @@ class LossConfig:
     """MCCL: average the denominator by class; off is the plain supervised contrastive loss."""
     queue_clips_per_class: int = 0
     """MCCL: newest clips of each class that are kept as keys beside the batch; 0 is no queue."""
+    queue_momentum: float = 0.0
+    """Of the average of past weights that makes those keys, such as 0.99; 0: the model's own embeddings are keys."""
 
     def __post_init__(self) -> None:
         refuse_unknown("loss.name", self.name, longtail.NAMES)
@@ -71,7 +73,11 @@ class LossConfig:
             ("loss.queue-clips-per-class", self.queue_clips_per_class, 0),
         ):
             refuse_below(flag, value, least)
-        for flag, share in (("loss.label-smoothing", self.label_smoothing), ("loss.beta", self.beta)):
+        for flag, share in (
+            ("loss.label-smoothing", self.label_smoothing),
+            ("loss.beta", self.beta),
+            ("loss.queue-momentum", self.queue_momentum),
+        ):
             if not 0.0 <= share < 1.0:
                 raise MicaclError(f"{flag} is {share}.", "Nothing was built.", "Use a number in [0, 1).")
         for flag, share in (("loss.drw-from", self.drw_from), ("loss.mccl-ramp-share", self.mccl_ramp_share)):
@@ -95,6 +101,12 @@ class LossConfig:
             )
 
     def _check_scales(self) -> None:
+        if self.queue_momentum and not self.queue_clips_per_class:
+            raise MicaclError(
+                f"loss.queue-momentum is {self.queue_momentum} without a queue.",
+                "Nothing was built: there are no keys to make.",
+                "Set loss.queue-clips-per-class above 0.",
+            )
         if not self.scales or len(set(self.scales)) != len(self.scales) or not set(self.scales) <= set(SCALES):
             raise MicaclError(
                 f"loss.scales is {self.scales}.", "Nothing was built.", f"Use one or more of {', '.join(SCALES)}."

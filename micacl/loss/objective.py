@@ -10,7 +10,8 @@ An instance and a frame carry the label of their bag. Missing instances and thei
 when the model has them (`model.prototypes`), keys when there is a queue.
 
 The value is a pure function of the output, the labels, the step (`Progress`) and the queue. Only `remember` changes
-something: it puts the batch into the queue, and the loop calls it after the update.
+something: it puts the batch into the queue, as keys of the momentum encoder if there is one. The loop calls it after
+the update.
 
 Shape suffixes: B bags, N instances, F frames, E embeddings a bag (1, N, or N * F), P projection, K classes.
 """
@@ -28,9 +29,10 @@ from micacl.loss import longtail
 from micacl.loss.config import SCALES, LossConfig
 from micacl.loss.gather import Gather, identity
 from micacl.loss.mccl import IGNORED, More, mccl
+from micacl.loss.momentum import MomentumEncoder
 from micacl.loss.progress import Progress, scheduled
 from micacl.loss.queue import ClassQueue, in_plan_order
-from micacl.model.micacl import Output
+from micacl.model.micacl import MICACL, Output
 from pipeline.contract import MicaclError
 
 __all__ = ["SCALES", "LossConfig", "Losses", "Objective"]
@@ -49,10 +51,13 @@ class Losses:
 
 
 class Objective(nn.Module):
-    """A model's output and the labels to Losses. Without parameters; its buffers are the queue's."""
+    """A model's output and the labels to Losses. Nothing in it learns; it holds the queue and the momentum encoder."""
 
-    def __init__(self, config: LossConfig, class_counts: Counts) -> None:
-        """`class_counts` are those of the clips that training sees, see micacl.loss.longtail; `ce` ignores them."""
+    def __init__(self, config: LossConfig, class_counts: Counts, model: MICACL | None = None) -> None:
+        """`class_counts` are those of the clips that training sees, see micacl.loss.longtail; `ce` ignores them.
+
+        `model` is the one that trains, as the run begins or continues; for the momentum encoder, else not needed.
+        """
         super().__init__()
         self.config = config
         self._class_counts = class_counts
@@ -60,6 +65,11 @@ class Objective(nn.Module):
         self._tables = _Tables.of(config, self._counts_of(0), 0)
         queued = config.scales if config.mccl and config.queue_clips_per_class else ()
         self.queues = nn.ModuleDict({s: ClassQueue(self.classes, config.queue_clips_per_class) for s in queued})
+        self.momentum: MomentumEncoder | None = None
+        if queued and config.queue_momentum:
+            if model is None:
+                raise ValueError("A momentum encoder is an average of a model's weights: give the model.")
+            self.momentum = MomentumEncoder(model, config.queue_momentum)
 
     def forward(
         self, output: Output, labels_B: Tensor, gather: Gather = identity, progress: Progress | None = None
@@ -95,8 +105,17 @@ class Objective(nn.Module):
             present = in_plan_order(gather(labels_BE), ranks) != IGNORED
             self._queue(scale).put(keys, present, in_plan_order(all_labels, ranks))
 
+    def after_update(
+        self, output: Output, labels_B: Tensor, gather: Gather, clips_BNCTHW: Tensor, model: MICACL
+    ) -> None:
+        """Let the momentum encoder follow the model, and remember the batch. On every rank."""
+        if self.momentum is not None:
+            self.momentum.follow(model)
+            output = self.momentum(clips_BNCTHW, output.valid_BN)
+        self.remember(output, labels_B, gather)
+
     def export_state(self) -> dict[str, Tensor]:
-        """What a checkpoint must keep of it, on the CPU: the queue. The same on every rank."""
+        """What a checkpoint must keep of it, on the CPU: queue and momentum encoder. The same on every rank."""
         return {name: tensor.detach().cpu().clone() for name, tensor in self.state_dict().items()}
 
     def import_state(self, state: Mapping[str, Tensor]) -> None:
@@ -104,6 +123,9 @@ class Objective(nn.Module):
         for scale in self.queues:
             at = f"queues.{scale}."
             self._queue(scale).load({name.removeprefix(at): t for name, t in state.items() if name.startswith(at)})
+        average = {name.removeprefix("momentum."): t for name, t in state.items() if name.startswith("momentum.")}
+        if self.momentum is not None and average:
+            self.momentum.load_state_dict(average)
 
     def _queue(self, scale: str) -> ClassQueue:
         return cast("ClassQueue", self.queues[scale])

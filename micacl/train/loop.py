@@ -46,12 +46,13 @@ def fit(
         if progress.head_only and progress.step == 0:
             engine.restart_head()
         lr, labels_B = lr_at(progress.step, progress.steps, optim), batch.labels_B.to(engine.device)
-        output = engine.forward(batch.clips_BNCTHW.to(engine.device))
+        clips_BNCTHW = batch.clips_BNCTHW.to(engine.device)
+        output = engine.forward(clips_BNCTHW)
         losses = objective(output, labels_B, engine.gather, progress)
         _require_finite(losses, batch, step, newest)
         engine.step(losses.total, lr)
         if not progress.head_only:
-            objective.remember(output, labels_B, engine.gather)
+            objective.after_update(output, labels_B, engine.gather, clips_BNCTHW, engine.model)
         clock.clips += len(batch.keys) * engine.ranks
         logs = (step + 1) % log_every == 0 or step + 1 == steps
         record = StepRecord(
