@@ -5,7 +5,7 @@
 Keys that were made some steps ago then fit those made now, because the average moves slowly. It is a whole second
 model: one more forward pass without a graph a step, one more set of weights in memory and in the checkpoint. It sees
 the same augmented clips as the model, in evaluation mode (the batch norm's statistics are averaged like the weights),
-so that its keys do not depend on how clips are spread over ranks. It computes in float32.
+so that its keys do not depend on how clips are spread over ranks. It computes in float32 (float64 with a float64 model).
 """
 
 from __future__ import annotations
@@ -17,19 +17,21 @@ from micacl.model.micacl import MICACL, Output, build_model
 
 
 class MomentumEncoder(nn.Module):
-    """Starts as a copy of `model`, on its device."""
+    """Starts as a copy of `model`, on its device, in float32 or wider."""
 
     def __init__(self, model: MICACL, momentum: float) -> None:
         super().__init__()
         self.momentum = momentum
         self.average = build_model(model.config, seed=0).requires_grad_(False)
+        like = next(model.parameters())
+        self.average.to(like.device, torch.promote_types(like.dtype, torch.float32))
         self.average.load_state_dict(model.state_dict())
-        self.average.to(next(model.parameters()).device)
 
     @torch.no_grad()
     def forward(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None = None) -> Output:
         """What the average says about a batch."""
-        output: Output = self.average.eval()(clips_BNCTHW, valid_BN)
+        dtype = next(self.average.parameters()).dtype
+        output: Output = self.average.eval()(clips_BNCTHW.to(dtype), valid_BN)
         return output
 
     @torch.no_grad()
