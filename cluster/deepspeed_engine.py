@@ -22,8 +22,8 @@ from torch import Tensor
 
 from micacl.loss.gather import gather_with_gradient
 from micacl.model.micacl import MICACL, Output
-from micacl.train.engine import MOMENTS, Tensors, mean_over_ranks, set_lr
-from micacl.train.optim import OptimConfig, make_optimizer
+from micacl.train.engine import MOMENTS, Staged, Tensors, mean_over_ranks
+from micacl.train.optim import OptimConfig, make_optimizer, of_head, set_lr
 from pipeline.contract import MicaclError
 
 
@@ -59,10 +59,11 @@ class DeepSpeedEngine:
     ) -> None:
         ds = _import_deepspeed(device)
         self.rank, self.ranks, self.device = dist.get_rank(), dist.get_world_size(), device
-        self.model, self.bf16 = model.to(device), deepspeed.bf16
+        self.model, self.bf16, self.head_only = model.to(device), deepspeed.bf16, False
+        self._staged = Staged(self.model)
         self._inner = make_optimizer(self.model, config)
         self._engine: Any = ds.initialize(
-            model=self.model,
+            model=self._staged,
             optimizer=self._inner,
             dist_init_required=False,
             config={
@@ -81,11 +82,12 @@ class DeepSpeedEngine:
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
         x_BNCTHW = clips_BNCTHW.bfloat16() if self.bf16 else clips_BNCTHW
+        self._staged.head_only = self.head_only
         output: Output = self._engine(x_BNCTHW)
         return output
 
     def step(self, loss: Tensor, lr: float) -> None:
-        set_lr(self._inner, lr)
+        set_lr(self._inner, lr, head_only=self.head_only)
         self._engine.backward(loss)
         self._engine.step()
 
@@ -110,22 +112,47 @@ class DeepSpeedEngine:
                 moments[f"{kind}.{name}"] = safe_get_full_optimizer_state(p, kind).detach().cpu().clone()
         return weights, moments
 
-    def import_state(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
+    def import_state(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int, head_step: int | None = None
+    ) -> None:
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         self.model.load_state_dict(dict(weights), strict=True)
+        head_step = step if head_step is None else head_step
         if not self._sharded:
             for name, p in self.model.named_parameters():
                 if f"exp_avg.{name}" in moments:
                     state: Tensors = {kind: moments[f"{kind}.{name}"].to(self.device).clone() for kind in MOMENTS}
-                    self._inner.state[p] = {**state, "step": torch.tensor(float(step))}
+                    done = head_step if of_head(name) else step
+                    self._inner.state[p] = {**state, "step": torch.tensor(float(done))}
             return
-        for moments_of_group in self._engine.optimizer.optimizer.state.values():
-            moments_of_group["step"].fill_(float(step))
+        self._set_steps(step, head_step)
         for name, p in self.model.named_parameters():
             safe_set_full_fp32_param(p, weights[name].to(self.device))
             for kind in MOMENTS:
                 safe_set_full_optimizer_state(p, moments[f"{kind}.{name}"].to(self.device), kind)
+
+    def restart_head(self) -> None:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        self.model.head.load_state_dict(self._staged.first_head)
+        if not self._sharded:
+            for p in self.model.head.parameters():
+                self._inner.state.pop(p, None)
+            return
+        self._set_steps(None, 0)
+        for name, p in self.model.head.named_parameters():
+            safe_set_full_fp32_param(p, self._staged.first_head[name].to(self.device).float())
+            for kind in MOMENTS:
+                safe_set_full_optimizer_state(p, torch.zeros_like(p, dtype=torch.float32), kind)
+
+    def _set_steps(self, step: int | None, head_step: int) -> None:
+        """Adam's count of updates: of the head's groups, and of the others unless None."""
+        zero = self._engine.optimizer
+        for group, flat in zip(self._inner.param_groups, zero.single_partition_of_fp32_groups, strict=True):
+            done = head_step if group["head"] else step
+            if done is not None:
+                zero.optimizer.state[flat]["step"].fill_(float(done))
 
     @property
     def _sharded(self) -> bool:

@@ -13,7 +13,7 @@ import logging
 import secrets
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -22,6 +22,7 @@ import ray.train
 import ray.train.torch
 import torch
 import tyro
+from torch import Tensor
 
 from cluster.claim import claim, claimed
 from cluster.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
@@ -30,7 +31,7 @@ from micacl.bundle import run_state
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.loss.objective import Objective
 from micacl.model.micacl import build_model, parameter_count
-from micacl.train.checkpoint import complete_steps, read_checkpoint
+from micacl.train.checkpoint import complete_steps, newest_checkpoint, read_checkpoint
 from micacl.train.data import TrainData, train_data
 from micacl.train.engine import Engine, PlainEngine
 from micacl.train.hooks import Hook
@@ -38,6 +39,7 @@ from micacl.train.hooks.checkpoint import SaveCheckpoint
 from micacl.train.hooks.console import Console
 from micacl.train.hooks.jsonl import METRICS, JsonLines
 from micacl.train.loop import fit
+from micacl.train.optim import progress_at
 from pipeline.cli import DatasetUrl
 from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
@@ -209,7 +211,9 @@ def _train_rank(job: dict[str, Any]) -> None:
     data = train_data(open_dataset(job["dataset"], job["version"], config.train.fold, config.train.where), config)
     engine = _engine(config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
-    start = _resume(engine, data, job["run"])
+    start, kept = _resume(engine, data, job["run"])
+    objective = Objective(config.loss, data.seen_counts, engine.model)
+    objective.import_state(kept)
     say = _say_as(rank, job["progress"])
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
@@ -217,7 +221,8 @@ def _train_rank(job: dict[str, Any]) -> None:
 
     def state_at(step: int) -> dict[str, Any]:
         seen = {"url": job["dataset"], **_version(data), **before}
-        return run_state(config, data.dataset.body["crop"], seen, data.state_at(step))
+        counts = {"dataset": list(data.class_counts), "seen": data.seen_counts((step - 1) // data.steps_per_epoch)}
+        return run_state(config, data.dataset.body["crop"], seen, data.state_at(step), counts)
 
     saver = SaveCheckpoint(
         engine,
@@ -226,18 +231,20 @@ def _train_rank(job: dict[str, Any]) -> None:
         keep=config.train.keep_checkpoints,
         state_at=state_at,
         metrics=metrics,
+        objective=objective,
     )
     hooks: list[Hook] = [Console(say), *([metrics] if metrics else []), saver]
     fit(
         engine,
         data.batches(start, rank, ranks, nodes=-(-ranks // context.get_local_world_size()), read=_reader(scaling)),
-        Objective(config.loss, data.seen_counts).to(engine.device),
+        objective.to(engine.device),
         config.train,
         start_step=start,
         steps=data.steps,
         steps_per_epoch=data.steps_per_epoch,
         log_every=config.train.log_every,
         hooks=hooks,
+        newest=functools.partial(newest_checkpoint, store),
     )
 
 
@@ -258,15 +265,22 @@ def _engine(config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> E
     )
 
 
-def _resume(engine: Engine, data: TrainData, run_url: str) -> int:
-    """Updates done: those of the newest complete checkpoint, which is loaded, or of where the run was told to begin."""
+def _resume(engine: Engine, data: TrainData, run_url: str) -> tuple[int, Mapping[str, Tensor]]:
+    """(updates done, state of the objective): of the newest complete checkpoint, or of where the run is to begin."""
     store = open_store(run_url)
     if not complete_steps(store):
-        return _begin(engine, data, run_url)
+        return _begin(engine, data, run_url), {}
     checkpoint = read_checkpoint(store)
     data.require_same(PlanState.from_dict(checkpoint.state["plan"]))
-    engine.import_state(checkpoint.weights, checkpoint.moments, checkpoint.step)
-    return checkpoint.step
+    engine.import_state(checkpoint.weights, checkpoint.moments, checkpoint.step, _head_step(data, checkpoint.step))
+    return checkpoint.step, checkpoint.objective
+
+
+def _head_step(data: TrainData, step: int) -> int:
+    """Updates of the classifier since it was last begun."""
+    if step == 0:
+        return 0
+    return progress_at(step - 1, data.steps, data.steps_per_epoch, data.config.train).step + 1
 
 
 def _begin(engine: Engine, data: TrainData, run_url: str) -> int:
@@ -283,7 +297,7 @@ def _begin(engine: Engine, data: TrainData, run_url: str) -> int:
             "Give a new run URL and more --train.epochs.",
         )
     start = epoch * data.steps_per_epoch
-    engine.import_state(checkpoint.weights, checkpoint.moments if start else {}, start)
+    engine.import_state(checkpoint.weights, checkpoint.moments if start else {}, start, _head_step(data, start))
     return start
 
 

@@ -168,6 +168,21 @@ def as_bundle(checkpoint: Checkpoint, store: Store) -> Bundle:
     )
 
 
-def run_state(config: RunConfig, crop: Mapping[str, Any], dataset: Mapping[str, Any], plan: Any) -> dict[str, Any]:
-    """The JSON state that a checkpoint carries, so that it can be continued and exported by itself."""
-    return {"config": to_dict(config), "crop": dict(crop), "dataset": dict(dataset), "plan": dataclasses.asdict(plan)}
+def run_state(
+    config: RunConfig,
+    crop: Mapping[str, Any],
+    dataset: Mapping[str, Any],
+    plan: Any,
+    class_counts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The JSON state that a checkpoint carries, so that it can be continued and exported by itself.
+
+    `class_counts`: clips of each class, `dataset` as there are and `seen` as the plan of that epoch draws them.
+    """
+    return {
+        "config": to_dict(config),
+        "crop": dict(crop),
+        "dataset": dict(dataset),
+        "plan": dataclasses.asdict(plan),
+        **({"class_counts": dict(class_counts)} if class_counts else {}),
+    }

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from micacl.batch import BatchConfig
-from micacl.loss.objective import LossConfig
+from micacl.loss.config import LossConfig
 from micacl.model.micacl import ModelConfig
 from micacl.train.optim import OptimConfig
 from pipeline.contract import MicaclError, canonical_json, digest
@@ -44,6 +44,12 @@ class TrainConfig(OptimConfig):
                 "--train.epochs, log-every, checkpoint-every and keep-checkpoints must be 1 or more.",
                 "The run was not started.",
                 "Correct the flag.",
+            )
+        if self.retrain_head_from is not None and not 0 <= self.retrain_head_from < self.epochs:
+            raise MicaclError(
+                f"--train.retrain-head-from is {self.retrain_head_from} and --train.epochs {self.epochs}.",
+                "The run was not started.",
+                f"Use an epoch from 0 to {self.epochs - 1}, or None to leave it out.",
             )
 
 

@@ -17,7 +17,7 @@ from micacl.config import RunConfig, TrainConfig, to_dict
 from micacl.loss.objective import Objective
 from micacl.model.backbone import BackboneConfig
 from micacl.model.micacl import ModelConfig, build_model
-from micacl.train.checkpoint import read_checkpoint
+from micacl.train.checkpoint import complete_steps, newest_checkpoint, read_checkpoint
 from micacl.train.data import TrainData, train_data
 from micacl.train.engine import Engine, PlainEngine
 from micacl.train.hooks.checkpoint import SaveCheckpoint
@@ -190,6 +190,59 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_clips(dataset: str) -> No
             log_every=1,
             hooks=[],
         )
+
+
+def stop_of(dataset: str, folder: Path, spoil: str) -> MicaclError:
+    """What a run says that has a checkpoint of step 2 and then meets `spoil`: a bad loss, or a bad gradient."""
+    config, store = config_of(), open_store(str(folder))
+    data = train_data(open_dataset(dataset), config)
+    engine = PlainEngine(build_model(config.model, 0), config.train)
+    saver = SaveCheckpoint(
+        engine, store, every=2, keep=9, state_at=lambda step: state_of(config, data, step), metrics=None
+    )
+
+    class Spoil:
+        def after_step(self, record: Any) -> None:
+            if record.step == 2 and spoil == "loss":
+                engine.model.head.weight.data.fill_(float("nan"))
+            if record.step == 3 and spoil == "gradient":  # an infinite gradient behind a finite loss
+                engine.model.head.weight.data.fill_(1e30)
+                engine.model.head.bias.register_hook(lambda grad: grad * float("inf"))
+
+    with pytest.raises(MicaclError) as stopped:
+        fit(
+            engine,
+            data.batches(0, 0, 1),
+            Objective(config.loss, [1.0] * 3),
+            config.train,
+            start_step=0,
+            steps=8,
+            steps_per_epoch=4,
+            log_every=1,
+            hooks=[saver, Spoil()],
+            newest=lambda: newest_checkpoint(store),
+        )
+    return stopped.value
+
+
+def test_a_run_that_must_stop_names_the_checkpoint_that_is_good(dataset: str, tmp_path: Path) -> None:
+    error = stop_of(dataset, tmp_path / "loss", "loss")
+    assert "The loss of step 3 is not finite" in error.cause
+    assert "on the clips" in error.cause
+    assert f"good is the checkpoint of step 2, {tmp_path}/loss/checkpoints/00000002" in error.consequence
+    read_checkpoint(open_store(str(tmp_path / "loss")), 2)
+
+
+def test_weights_that_are_not_finite_are_never_a_checkpoint(dataset: str, tmp_path: Path) -> None:
+    error = stop_of(dataset, tmp_path / "gradient", "gradient")
+    assert "weights are not finite after step 4 (first " in error.cause
+    assert "on the clips" in error.cause
+    assert "good is the checkpoint of step 2" in error.consequence
+    assert complete_steps(open_store(str(tmp_path / "gradient"))) == [2]
+
+
+def test_without_a_checkpoint_the_beginning_is_good(tmp_path: Path) -> None:
+    assert newest_checkpoint(open_store(str(tmp_path))).startswith("the run's beginning")
 
 
 def test_another_plan_or_version_is_refused_on_resume(dataset: str, tmp_path: Path) -> None:

@@ -1,25 +1,21 @@
-"""The losses: against slow references, on the edge cases, and across ranks."""
+"""The losses: against slow references and on the edge cases."""
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.multiprocessing.spawn import spawn
 from torch.nn import functional
 
-from micacl.loss import LossConfig, Losses, Objective, gather_with_gradient, identity, mccl
+from micacl.loss import LossConfig, Losses, Objective, gather_with_gradient, mccl
 from micacl.loss.longtail import class_balanced_focal, effective_number_weights
 from micacl.loss.mccl import mccl_per_anchor
-from micacl.model import BackboneConfig, ModelConfig, Output, WIANConfig, build_model
+from micacl.model import Output
 from pipeline.contract import MicaclError
 
 torch.set_num_threads(1)
@@ -264,62 +260,11 @@ def test_objective_refuses_in_words() -> None:
     with pytest.raises(MicaclError, match=r"loss\.name is 'focal'"):
         LossConfig(name="focal")
     with pytest.raises(MicaclError, match=r"loss\.scales"):
-        LossConfig(scales=("bag", "frame"))
+        LossConfig(scales=("bag", "clip"))
     with pytest.raises(MicaclError, match="counts of 4"):
         Objective(LossConfig(), [1, 1, 1, 1])(an_output(LOGITS), LABELS)
     with pytest.raises(MicaclError, match="no projection head"):
         Objective(LossConfig(), [1, 1, 1])(replace(an_output(LOGITS), projections={}), LABELS)
-
-
-# ---- across ranks
-
-CONFIG = ModelConfig(
-    backbone=BackboneConfig.tiny(width=2),
-    instances=2,
-    projection_dim=6,
-    classes=("a", "b", "c"),
-    wian=WIANConfig(hidden=4),
-)
-RANK_LABELS = [0, 1, 2, 0, 0, 2, 1, 2]
-"""With 4 ranks of 2 clips no rank holds two of one class: without a gather MCCL would be 0 on the bags."""
-
-
-def loss_and_gradients(rank: int, ranks: int) -> tuple[float, Tensor]:
-    """This rank's loss and its parameter gradients in one vector."""
-    rng = torch.Generator().manual_seed(0)
-    clips, valid = (
-        torch.rand(8, 2, 3, 2, 16, 16, generator=rng, dtype=torch.float64),
-        torch.ones(8, 2, dtype=torch.bool),
-    )
-    valid[1, 0] = valid[6, 1] = valid[7, 1] = False
-    own = torch.arange(8).chunk(ranks)[rank]
-    model = build_model(CONFIG, seed=0).double()  # so that rounding cannot stand in for an error, or hide one
-    objective = Objective(LossConfig(mccl_weight=1.0), [3, 2, 3])
-    output = model(clips[own], valid[own])
-    total = objective(output, torch.tensor(RANK_LABELS)[own], gather_with_gradient if ranks > 1 else identity).total
-    total.backward()
-    return total.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
-
-
-def rank_main(rank: int, ranks: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=ranks)
-    loss, gradient = loss_and_gradients(rank, ranks)
-    averaged = torch.cat([torch.tensor([loss], dtype=torch.float64), gradient])
-    dist.all_reduce(averaged)  # as an engine does: average over ranks
-    if rank == 0:
-        Path(folder, "averaged.json").write_text(json.dumps((averaged / ranks).tolist()))
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_ranks_agree_with_a_single_process(ranks: int, tmp_path: Path) -> None:
-    spawn(rank_main, args=(ranks, str(tmp_path)), nprocs=ranks)  # type: ignore[no-untyped-call]
-    got = torch.tensor(json.loads((tmp_path / "averaged.json").read_text()), dtype=torch.float64)
-    loss, gradient = loss_and_gradients(0, 1)
-    assert got[0].item() == pytest.approx(loss, abs=1e-10)
-    torch.testing.assert_close(got[1:], gradient, atol=1e-10, rtol=0)
-    assert gradient.abs().max() > 1e-2  # else the line above could not fail
 
 
 def test_gather_without_ranks_is_the_identity() -> None:

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/00000050/model.safetensors       weights and buffers
                                optimizer.safetensors   AdamW moments of every parameter, whole (not by rank)
+                               objective.safetensors   the loss's queue, if it has one; no part of a bundle
                                state.json              step, plan state, config
                                COMPLETE.json           every file with bytes and sha256
 
@@ -12,7 +13,7 @@ a checkpoint runs no code. (DeepSpeed's own format is pickle and tied to the num
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors
@@ -32,6 +33,7 @@ from pipeline.contract import (
 from pipeline.storage import Store
 
 _COMPLETE = "COMPLETE.json"
+_OBJECTIVE = "objective.safetensors"
 _FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
@@ -44,7 +46,9 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     state: Mapping[str, Any]
-    """`config`, `plan` (PlanState), `dataset` (url, version, sha256), `labels`."""
+    """`config`, `plan` (PlanState), `dataset` (url, version, sha256), `class_counts`."""
+    objective: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of `Objective.export_state`; often empty."""
 
 
 def folder(step: int) -> str:
@@ -59,6 +63,8 @@ def write_checkpoint(store: Store, checkpoint: Checkpoint) -> str:
         "optimizer.safetensors": safetensors.torch.save(dict(checkpoint.moments)),
         "state.json": canonical_json({"schema": SCHEMA_VERSION, "step": checkpoint.step, **checkpoint.state}).encode(),
     }
+    if checkpoint.objective:
+        files[_OBJECTIVE] = safetensors.torch.save(dict(checkpoint.objective))
     for name, data in files.items():
         store.put(f"{at}/{name}", data)
     listing = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
@@ -71,6 +77,14 @@ def complete_steps(store: Store) -> list[int]:
     """Steps of the checkpoints that are complete, ascending."""
     keys = (e.key.split("/") for e in store.list("checkpoints/"))
     return sorted(int(parts[1]) for parts in keys if parts[-1] == _COMPLETE and parts[1].isdecimal())
+
+
+def newest_checkpoint(store: Store) -> str:
+    """The newest complete checkpoint in words: for the message of a run that must stop."""
+    steps = complete_steps(store)
+    if not steps:
+        return f"the run's beginning: {store.root} has no complete checkpoint yet"
+    return f"the checkpoint of step {steps[-1]}, {store.url(folder(steps[-1]))}"
 
 
 def read_checkpoint(store: Store, step: int | None = None) -> Checkpoint:
@@ -88,7 +102,8 @@ def read_checkpoint(store: Store, step: int | None = None) -> Checkpoint:
     complete = json_object(store.get(f"{at}/{_COMPLETE}"), f"{where}/{_COMPLETE}")
     require_schema(complete.get("schema"), where)
     with expecting(f"a checkpoint in {where}"):
-        files = {name: _checked(store, f"{at}/{name}", complete["files"][name]) for name in _FILES}
+        names = [*_FILES, *([_OBJECTIVE] if _OBJECTIVE in complete["files"] else [])]
+        files = {name: _checked(store, f"{at}/{name}", complete["files"][name]) for name in names}
         state = json_object(files["state.json"], f"{where}/state.json")
         missing = sorted({"config", "crop", "dataset", "plan"} - set(state))
         if missing:
@@ -98,6 +113,7 @@ def read_checkpoint(store: Store, step: int | None = None) -> Checkpoint:
             load_tensors(files["model.safetensors"], f"{where}/model.safetensors"),
             load_tensors(files["optimizer.safetensors"], f"{where}/optimizer.safetensors"),
             state,
+            load_tensors(files[_OBJECTIVE], f"{where}/{_OBJECTIVE}") if _OBJECTIVE in files else {},
         )
 
 

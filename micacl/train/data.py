@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
-
 from micacl.batch import Batch, collate
 from micacl.config import RunConfig
 from pipeline.contract import MicaclError
@@ -32,11 +30,9 @@ class TrainData:
         """Clips of each class of the label set."""
         return self._loader.index.counts
 
-    @property
-    def seen_counts(self) -> list[float]:
-        """Clips of each class as training sees them: its mean share over the run, of all the clips that there are."""
-        epochs, plan = self.config.train.epochs, self.config.plan
-        share_C = np.mean([class_weights(self.class_counts, plan, epoch) for epoch in range(epochs)], axis=0)
+    def seen_counts(self, epoch: int) -> list[float]:
+        """Clips of each class as training sees them: its share in the draws of an epoch, of all the clips there are."""
+        share_C = class_weights(self.class_counts, self.config.plan, epoch)
         return [float(n) for n in share_C * sum(self.class_counts)]
 
     def plan_of(self, epoch: int) -> EpochPlan:

@@ -2,11 +2,15 @@
 
 `PlainEngine` is the reference: torch alone, one process or several under gloo or NCCL. cluster/deepspeed_engine.py
 is the other one; a test holds their losses together.
+
+A run has one stage or two (micacl.train.optim). In the second, `head_only` is set: the model is in evaluation mode, its
+features come without a graph, and only the classifier has gradients, a learning rate and new optimiser state.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -15,7 +19,7 @@ from torch import Tensor, nn
 
 from micacl.loss.gather import gather_with_gradient, identity
 from micacl.model.micacl import MICACL, Output
-from micacl.train.optim import OptimConfig, make_optimizer
+from micacl.train.optim import OptimConfig, make_optimizer, of_head, set_lr
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, Tensor]
@@ -29,6 +33,8 @@ class Engine(Protocol):
     device: torch.device
     model: MICACL
     """The bare model, for its parameters; call the engine, not it."""
+    head_only: bool
+    """Whether only the classifier learns. The loop sets it before each step."""
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
         """The model on this rank's clips."""
@@ -45,8 +51,32 @@ class Engine(Protocol):
     def export_state(self) -> tuple[Tensors, Tensors]:
         """(weights and buffers, optimiser moments), whole and on the CPU. Every rank must call it."""
 
-    def import_state(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
-        """Continue from an exported state after `step` updates, at any number of ranks."""
+    def import_state(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int, head_step: int | None = None
+    ) -> None:
+        """Continue from an exported state after `step` updates, `head_step` of them since the head began; any ranks."""
+
+    def restart_head(self) -> None:
+        """Set the classifier back to the weights that it was built with, and forget its moments. On every rank."""
+
+
+class Staged(nn.Module):
+    """The model as the stage of training wants it called."""
+
+    def __init__(self, model: MICACL) -> None:
+        super().__init__()
+        self.model, self.head_only = model, False
+        self.first_head = {name: t.detach().cpu().clone() for name, t in model.head.state_dict().items()}
+        """Of a model as it was built: the engine is made before a checkpoint is loaded into it."""
+
+    def forward(self, clips_BNCTHW: Tensor) -> Output:
+        if not self.head_only:
+            output: Output = self.model(clips_BNCTHW)
+            return output
+        self.model.eval()  # each time: whoever scored the model in between may have set it back to training
+        with torch.no_grad():
+            frozen: Output = self.model(clips_BNCTHW)
+        return replace(frozen, logits_BK=self.model.head(frozen.bag_BD))
 
 
 class PlainEngine:
@@ -58,11 +88,13 @@ class PlainEngine:
         self.ranks = dist.get_world_size() if self.distributed else 1
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device)
-        self.config = config
+        self.config, self.head_only = config, False
+        self._staged = Staged(self.model)
         self.optimizer = make_optimizer(self.model, config)
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
-        output: Output = self.model(clips_BNCTHW)
+        self._staged.head_only = self.head_only
+        output: Output = self._staged(clips_BNCTHW)
         return output
 
     def step(self, loss: Tensor, lr: float) -> None:
@@ -73,7 +105,7 @@ class PlainEngine:
             dist.all_reduce(grad)
             grad.div_(self.ranks)
         nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
-        set_lr(self.optimizer, lr)
+        set_lr(self.optimizer, lr, head_only=self.head_only)
         self.optimizer.step()
 
     def gather(self, x: Tensor) -> Tensor:
@@ -92,17 +124,20 @@ class PlainEngine:
         }
         return weights, moments
 
-    def import_state(self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int) -> None:
+    def import_state(
+        self, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], step: int, head_step: int | None = None
+    ) -> None:
         self.model.load_state_dict(dict(weights), strict=True)
         for name, p in self.model.named_parameters():
             if f"exp_avg.{name}" in moments:
                 state: Tensors = {kind: moments[f"{kind}.{name}"].to(self.device).clone() for kind in MOMENTS}
-                self.optimizer.state[p] = {**state, "step": torch.tensor(float(step))}
+                done = step if head_step is None or not of_head(name) else head_step
+                self.optimizer.state[p] = {**state, "step": torch.tensor(float(done))}
 
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+    def restart_head(self) -> None:
+        self.model.head.load_state_dict(self._staged.first_head)
+        for p in self.model.head.parameters():
+            self.optimizer.state.pop(p, None)
 
 
 def mean_over_ranks(x: Tensor, ranks: int) -> Tensor:

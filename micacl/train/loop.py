@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -11,7 +11,7 @@ from micacl.batch import Batch
 from micacl.loss.objective import Losses, Objective
 from micacl.train.engine import Engine
 from micacl.train.hooks import Hook, StepRecord
-from micacl.train.optim import OptimConfig, lr_at
+from micacl.train.optim import OptimConfig, lr_at, progress_at
 from pipeline.contract import MicaclError
 
 
@@ -26,11 +26,13 @@ def fit(
     steps_per_epoch: int,
     log_every: int,
     hooks: Sequence[Hook],
+    newest: Callable[[], str] = lambda: "the last complete checkpoint",
 ) -> None:
-    """Train from `start_step` (updates done) to `steps`.
+    """Train from `start_step` (updates done) to `steps`, in one stage or two (micacl.train.optim).
 
     Args:
         batches: this rank's batches from `start_step` on, in plan order; as many as there are steps left.
+        newest: says which checkpoint is good, for the message of a run that must stop.
 
     Raises MicaclError on a loss that is not finite, before the update that would spoil the weights.
     """
@@ -39,11 +41,18 @@ def fit(
     for step in range(start_step, steps):
         with clock.waiting():
             batch = next(batches)
-        lr = lr_at(step, steps, optim)
-        output = engine.forward(batch.clips_BNCTHW.to(engine.device))
-        losses = objective(output, batch.labels_B.to(engine.device), engine.gather)
-        _require_finite(losses, batch, step)
+        progress = progress_at(step, steps, steps_per_epoch, optim)
+        engine.head_only = progress.head_only
+        if progress.head_only and progress.step == 0:
+            engine.restart_head()
+        lr, labels_B = lr_at(progress.step, progress.steps, optim), batch.labels_B.to(engine.device)
+        clips_BNCTHW = batch.clips_BNCTHW.to(engine.device)
+        output = engine.forward(clips_BNCTHW)
+        losses = objective(output, labels_B, engine.gather, progress)
+        _require_finite(losses, batch, step, newest)
         engine.step(losses.total, lr)
+        if not progress.head_only:
+            objective.after_update(output, labels_B, engine.gather, clips_BNCTHW, engine.model)
         clock.clips += len(batch.keys) * engine.ranks
         logs = (step + 1) % log_every == 0 or step + 1 == steps
         record = StepRecord(
@@ -68,12 +77,12 @@ def _means(engine: Engine, losses: Losses) -> dict[str, float]:
     return dict(zip(names, engine.mean(values).tolist(), strict=True))
 
 
-def _require_finite(losses: Losses, batch: Batch, step: int) -> None:
+def _require_finite(losses: Losses, batch: Batch, step: int, newest: Callable[[], str]) -> None:
     if not torch.isfinite(losses.total):
         parts = ", ".join(f"{name} {float(value):g}" for name, value in losses.parts.items())
         raise MicaclError(
             f"The loss of step {step + 1} is not finite ({parts}) on the clips {', '.join(batch.keys)}.",
-            "The weights were not updated with it; the last complete checkpoint is good.",
+            f"The weights were not updated with it; good is {newest()}.",
             "Lower --train.lr, or look at those clips with `micacl report`.",
         )
 
