@@ -20,6 +20,7 @@ VERBS: dict[str, Verb] = {
     "demo": Verb("the whole chain on synthetic faces: raw videos to a served prediction", "cluster.cli:demo"),
     "doctor": Verb("check this machine, its packages and a bucket", "cluster.cli:doctor"),
     **{name: verb for name, verb in PIPELINE_VERBS.items() if name != "demo"},
+    "model": Verb("parameters and multiply-accumulates of a recipe, part by part", "cluster.cli:model"),
     "train": Verb("train a recipe on a dataset: micacl train RECIPE DATASET RUN", "cluster.cli:train"),
     "evaluate": Verb("score a run or bundle on a split, every clip once", "cluster.cli:evaluate"),
     "export": Verb("checkpoint -> bundle for inference", "cluster.cli:export"),
@@ -62,6 +63,37 @@ def doctor(url: Annotated[str | None, tyro.conf.Positional] = None) -> dict[str,
     return {"ok": not bad, "checks": len(checks), "failed": bad, "exit": 2 if bad else 0}
 
 
+def recipe_named(arguments: Arguments, prog: str, more: str = "") -> str:
+    """The recipe that is the first argument. Raises MicaclError, or ArgumentsRefused after the help was shown."""
+    from micacl.recipes import RECIPES
+
+    name = next(iter(arguments), "")
+    recipes = ", ".join(RECIPES)
+    if name in ("-h", "--help"):
+        say(f"usage: {prog} RECIPE {more}[flags]\n\nrecipes: {recipes}\nflags: {prog} RECIPE --help")
+        raise ArgumentsRefused(0, prog)
+    if name not in RECIPES:
+        raise MicaclError(f"{name or 'Nothing'!r} is no recipe.", "Nothing was started.", f"Choose one of: {recipes}.")
+    return name
+
+
+def model(arguments: Arguments, prog: str) -> dict[str, Any]:
+    """`micacl model RECIPE [flags]`: counts, at the recipe's instances, frames and side."""
+    from micacl.config import RunConfig
+    from micacl.model.count import count_model
+    from micacl.recipes import RECIPES
+
+    name = recipe_named(arguments, prog)
+    about = RECIPES[name].__doc__ or ""
+    config: RunConfig = parse(RunConfig, f"{prog} {name}", about, arguments[1:], default=RECIPES[name]())
+    count = count_model(config.model, config.stream.frames, config.batch.side)
+    say(count.to_text())
+    return {"recipe": name, **count.to_dict()}
+
+
+model.takes_arguments = True  # type: ignore[attr-defined]
+
+
 def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     """`micacl train RECIPE DATASET RUN [flags]`; the recipe decides the defaults of the flags."""
     from cluster.train import TrainArgs, check_run
@@ -69,13 +101,7 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     from micacl.recipes import RECIPES
     from pipeline.ray_local import ray_session
 
-    name = next(iter(arguments), "")
-    recipes = ", ".join(RECIPES)
-    if name in ("-h", "--help"):
-        say(f"usage: {prog} RECIPE DATASET RUN [flags]\n\nrecipes: {recipes}\nflags: {prog} RECIPE --help")
-        raise ArgumentsRefused(0, prog)
-    if name not in RECIPES:
-        raise MicaclError(f"{name or 'Nothing'!r} is no recipe.", "No run was started.", f"Choose one of: {recipes}.")
+    name = recipe_named(arguments, prog, "DATASET RUN ")
     default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=RECIPES[name]())
     args: TrainArgs = parse(TrainArgs, f"{prog} {name}", RECIPES[name].__doc__ or "", arguments[1:], default=default)
     dataset, run_url = absolute(args.dataset), absolute(args.run)

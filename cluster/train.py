@@ -7,6 +7,7 @@ continue from it. Ray Train restarts the workers; it keeps no checkpoint of its 
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import logging
@@ -30,7 +31,8 @@ from cluster.progress import relay
 from micacl.bundle import run_state
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.loss.objective import Objective
-from micacl.model.micacl import build_model, parameter_count
+from micacl.model.micacl import MICACL, build_model, parameter_count, require_input
+from micacl.model.weights import begin_with_weights, check_encoder_weights
 from micacl.train.checkpoint import complete_steps, newest_checkpoint, read_checkpoint
 from micacl.train.data import TrainData, train_data
 from micacl.train.engine import Engine, PlainEngine
@@ -40,7 +42,7 @@ from micacl.train.hooks.console import Console
 from micacl.train.hooks.jsonl import METRICS, JsonLines
 from micacl.train.loop import fit
 from micacl.train.optim import progress_at
-from pipeline.cli import DatasetUrl
+from pipeline.cli import DatasetUrl, absolute
 from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
 from pipeline.loader import ClipBatch, Loader
@@ -104,6 +106,7 @@ def check_run(
     from_run: str | None = None,
 ) -> TrainData:
     """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
+    config = _with_absolute_weights(config)
     data = train_data(open_dataset(dataset_url, version, config.train.fold, config.train.where), config)
     if config.plan.global_batch % scaling.workers:
         raise MicaclError(
@@ -112,8 +115,23 @@ def check_run(
             "Change one of them.",
         )
     open_store(run_url).check()
+    side = config.batch.side
+    require_input(config.model, data.dataset.body["crop"]["instances"], config.stream.frames, side, side)
+    if _begins_anew(run_url, from_run):
+        check_encoder_weights(config.model.backbone)
     claim(run_url, config, {"url": dataset_url, **_version(data)}, from_run)
     return data
+
+
+def _with_absolute_weights(config: RunConfig) -> RunConfig:
+    """Workers have other working folders."""
+    backbone = dataclasses.replace(config.model.backbone, weights=absolute(config.model.backbone.weights))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+
+
+def _begins_anew(run_url: str, origin: object) -> bool:
+    """Whether neither a checkpoint of this run nor one of another has the weights to begin with."""
+    return origin is None and not complete_steps(open_store(run_url))
 
 
 def train(
@@ -209,12 +227,15 @@ def _train_rank(job: dict[str, Any]) -> None:
     torch.set_num_threads(scaling.cpus_per_worker)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
     data = train_data(open_dataset(job["dataset"], job["version"], config.train.fold, config.train.where), config)
-    engine = _engine(config, scaling, config.plan.global_batch // ranks)
+    say = _say_as(rank, job["progress"])
+    model = build_model(config.model, config.train.seed)
+    if _begins_anew(job["run"], claimed(job["run"])["from"]) and (report := begin_with_weights(model.backbone)):
+        say(report.to_text())
+    engine = _engine(model, config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
     start, kept = _resume(engine, data, job["run"])
     objective = Objective(config.loss, data.seen_counts, engine.model)
     objective.import_state(kept)
-    say = _say_as(rank, job["progress"])
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
     before = {k: v for k, v in claimed(job["run"])["dataset"].items() if k == "before"}
@@ -255,8 +276,7 @@ def _reader(scaling: ScalingConfig) -> Callable[[Loader, int], Iterator[ClipBatc
     return functools.partial(ray_batches, actors=scaling.decoders)
 
 
-def _engine(config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> Engine:
-    model = build_model(config.model, config.train.seed)
+def _engine(model: MICACL, config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> Engine:
     device = ray.train.torch.get_device()
     if scaling.engine == "plain":
         return PlainEngine(model, config.train, device)

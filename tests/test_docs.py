@@ -40,9 +40,10 @@ def test_commands_parse(page: str, command: str, capsys: pytest.CaptureFixture[s
     verb, *rest = words[3:] if words[0] == "python" else words[1:]
     assert verb in verbs, f"{page}: {command}"
     flags = [word for word in rest if word.startswith("--")]
-    if verb == "train" and "RECIPE" not in rest:
+    of_recipe = verb in ("train", "model")
+    if of_recipe and "RECIPE" not in rest:
         assert rest[0] in RECIPES
-    recipe = [rest[0] if rest[0] in RECIPES else "tiny-cpu"] if verb == "train" else []
+    recipe = [rest[0] if rest[0] in RECIPES else "tiny-cpu"] if of_recipe else []
     assert run(verbs, "micacl", [verb, *recipe, "--help"]) == 0
     shown = capsys.readouterr().out
     for flag in flags:

@@ -5,13 +5,14 @@
                                                    z of every instance          z of the bag      (for MCCL)
 
 A re-implementation after the abstract of arXiv 2509.04344; what the abstract leaves open is ours and is a field of a
-config. With every switch off it is a backbone, a mean over instances and a linear layer.
+config. With every switch off (`geiim.enabled: False`, `wian.kind: mean`) it is a backbone, a mean over instances and a
+linear layer.
 
 Missing instances are left out before the backbone, so their pixels reach neither the logits nor the running
 statistics of a batch norm.
 
-Shape suffixes: B bags, N instances, C colour channels, T frames, H height, W width, D features, K classes,
-P projection, F places in time of a backbone stage, d features of that stage.
+Shape suffixes: B bags, N instances, C colour channels, T frames, H height, W width, D features, K classes, P
+projection, F places in time of a backbone stage, d features of that stage.
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from micacl.model.backbone import Backbone, BackboneConfig, refuse_below, refuse_unknown
+from micacl.model.backbone import BackboneConfig, build_backbone, refuse_below, refuse_unknown, require_clip
 from micacl.model.geiim import GEIIM, GEIIMConfig
+from micacl.model.head import HEADS, build_head
+from micacl.model.numeric import unit
 from micacl.model.wian import WIAN, WIANConfig
 from pipeline.contract import DFEW_LABELS, MicaclError
 
@@ -41,9 +43,15 @@ class ModelConfig:
     geiim: GEIIMConfig = field(default_factory=GEIIMConfig)
     wian: WIANConfig = field(default_factory=WIANConfig)
     instances: int = 4
-    """Instances per bag; the size of the adjacency."""
+    """Instances per bag: the size of the static adjacency and of DLIAM. A model with neither takes any number."""
     classes: tuple[str, ...] = DFEW_LABELS
     """Label words; a word's place is its logit."""
+    head: str = "linear"
+    """Class scores: `linear`, or `cosine` between the bag's features and a vector a class."""
+    cosine_scale: float = 16.0
+    """Of the cosine head: what the cosines are multiplied by; where it starts if it is learned."""
+    cosine_learned: bool = True
+    """Learn that scale."""
     projection_dim: int = 128
     """Length of the contrastive embeddings; 0 builds no projection heads (for training without MCCL)."""
     projection_scales: tuple[str, ...] = ("bag", "instance")
@@ -58,6 +66,8 @@ class ModelConfig:
         refuse_below("model.instances", self.instances, 1)
         refuse_below("model.projection-dim", self.projection_dim, 0)
         refuse_unknown("model.prototypes", self.prototypes, PROTOTYPES)
+        refuse_unknown("model.head", self.head, HEADS)
+        refuse_below("model.cosine-scale", self.cosine_scale, 1e-3)
         for scale in self.projection_scales:
             refuse_unknown("model.projection-scales", scale, SCALES)
         if not 0.0 <= self.dropout < 1.0:
@@ -69,6 +79,11 @@ class ModelConfig:
                 "Give two or more different label words.",
             )
 
+    @property
+    def any_instances(self) -> bool:
+        """Whether bags of any number of instances will do, or only of `instances`."""
+        return self.geiim.any_instances and self.wian.any_instances
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Output:
@@ -76,10 +91,11 @@ class Output:
 
     logits_BK: Tensor
     bag_BD: Tensor
+    """What the head sees; twice as long with DLIAM."""
     instances_BND: Tensor
     """After GEIIM; zeros where an instance is missing."""
     weights_BN: Tensor
-    """Of each instance in the bag; sum to 1."""
+    """Of each instance in the bag; sum to 1. What they mean depends on `wian.kind`: micacl.model.wian."""
     projections: dict[str, Tensor]
     """Unit-length embeddings by scale: `bag` (B, P), `instance` (B, N, P), `frame` (B, N, F, P)."""
     prototypes: dict[str, Tensor] = field(default_factory=dict)
@@ -94,29 +110,30 @@ class MICACL(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        features = config.backbone.features
-        self.backbone = Backbone(config.backbone)
+        features, classes = config.backbone.features, len(config.classes)
+        bag_features = config.wian.bag_features(features)
+        self.backbone = build_backbone(config.backbone)
         self.geiim = GEIIM(config.geiim, config.instances, features) if config.geiim.enabled else None
-        self.wian = WIAN(config.wian, features)
+        self.wian = WIAN(config.wian, config.instances, features)
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(features, len(config.classes))
-        widths = {"bag": features, "instance": features, "frame": config.backbone.frame_features}
+        self.head = build_head(config.head, bag_features, classes, config.cosine_scale, learned=config.cosine_learned)
+        widths = {"bag": bag_features, "instance": features, "frame": config.backbone.frame_features}
         scales = config.projection_scales if config.projection_dim else ()
         self.projections = nn.ModuleDict({s: _projection(widths[s], config.projection_dim) for s in scales})
         self.prototypes = nn.ParameterDict()
         self.prototype_heads = nn.ModuleDict()
         for scale in scales:
             if config.prototypes == "learned":
-                self.prototypes[scale] = nn.Parameter(torch.randn(len(config.classes), config.projection_dim))
+                self.prototypes[scale] = nn.Parameter(torch.randn(classes, config.projection_dim))
             elif config.prototypes == "classifier":
-                self.prototype_heads[scale] = _projection(features, config.projection_dim)
+                self.prototype_heads[scale] = _projection(bag_features, config.projection_dim)
 
     def forward(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None = None) -> Output:
         """Score a batch of bags.
 
-        `clips_BNCTHW` is floating point, colours in [0, 1], or normalised further by the caller. `valid_BN` is
-        boolean, False for a missing instance; None means that all are there. Raises MicaclError when a shape or type
-        does not fit, or when a bag has no valid instance.
+        `clips_BNCTHW` is floating point, colours normalised by the caller. `valid_BN` is boolean, False for a missing
+        instance; None means that all are there. Raises MicaclError when a shape or type does not fit, or when a bag
+        has no valid instance.
         """
         self._check(clips_BNCTHW, valid_BN)
         x_BND, frames_BNFd = self._encode(clips_BNCTHW, valid_BN)
@@ -128,14 +145,18 @@ class MICACL(nn.Module):
             bag_BD=bag_BD,
             instances_BND=h_BND,
             weights_BN=weights_BN,
-            projections={scale: _unit(head(features[scale])) for scale, head in self.projections.items()},
+            projections={scale: unit(head(features[scale])) for scale, head in self.projections.items()},
             prototypes=self._class_prototypes(),
             valid_BN=valid_BN,
         )
 
+    def class_weights_KD(self) -> Tensor:
+        """(K, D) the head's vector of each class, as it is: not normalised, without bias, with gradient."""
+        return self.head.weight
+
     def _class_prototypes(self) -> dict[str, Tensor]:
-        learned = {scale: _unit(p_KP) for scale, p_KP in self.prototypes.items()}
-        return learned | {scale: _unit(mlp(self.head.weight)) for scale, mlp in self.prototype_heads.items()}
+        learned = {scale: unit(p_KP) for scale, p_KP in self.prototypes.items()}
+        return learned | {scale: unit(mlp(self.class_weights_KD())) for scale, mlp in self.prototype_heads.items()}
 
     def _encode(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None) -> tuple[Tensor, Tensor]:
         """(B, N, D) features of every instance by itself and (B, N, F, d) frame features; zeros where it is missing."""
@@ -149,12 +170,13 @@ class MICACL(nn.Module):
 
     def _check(self, clips_BNCTHW: Tensor, valid_BN: Tensor | None) -> None:
         shape = tuple(clips_BNCTHW.shape)
-        if len(shape) != 6 or shape[1] != self.config.instances or shape[2] != 3:
+        if len(shape) != 6 or shape[2] != 3:
             raise MicaclError(
                 f"Clips have shape {shape}.",
                 "Nothing was computed.",
-                f"Give (bags, {self.config.instances} instances, 3 colours, frames, height, width).",
+                "Give (bags, instances, 3 colours, frames, height, width).",
             )
+        require_input(self.config, shape[1], *shape[3:])
         if not clips_BNCTHW.is_floating_point():
             raise MicaclError(
                 f"Clips are {clips_BNCTHW.dtype}.", "Nothing was computed.", "Convert to float and divide by 255."
@@ -175,6 +197,18 @@ class MICACL(nn.Module):
             )
 
 
+def require_input(config: ModelConfig, instances: int, frames: int, height: int, width: int) -> None:
+    """Raise MicaclError when a model of this config cannot take bags of this size."""
+    require_clip(config.backbone, frames, height, width)
+    if instances < 1 or (instances != config.instances and not config.any_instances):
+        raise MicaclError(
+            f"Bags have {instances} instances, and the model is built for {config.instances}.",
+            "Nothing was computed: its static adjacency or DLIAM has parameters for each place.",
+            "Set model.instances to the number in the dataset, pad bags and give a mask of valid instances, or use "
+            "--model.geiim.adjacency dynamic without DLIAM, which takes any number from 1 on.",
+        )
+
+
 def _spread(present_Mx: Tensor, valid_BN: Tensor) -> Tensor:
     """(M, ...) rows of the valid instances to (B, N, ...), zeros in the place of the others."""
     out = present_Mx.new_zeros(*valid_BN.shape, *present_Mx.shape[1:])
@@ -184,12 +218,6 @@ def _spread(present_Mx: Tensor, valid_BN: Tensor) -> Tensor:
 
 def _projection(features: int, projection_dim: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, projection_dim))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """Unit length in the last axis, in float32 or wider: half precision is too coarse for a temperature of 0.1."""
-    wide = x if x.dtype == torch.float64 else x.float()
-    return functional.normalize(wide, dim=-1)
 
 
 def parameter_count(model: nn.Module, *, trainable_only: bool = False) -> int:
