@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from micacl.batch import Batch
+from micacl.batch import Batch, to_input
 from micacl.loss.objective import Losses, Objective
 from micacl.train.engine import Engine
 from micacl.train.hooks import Hook, StepRecord
@@ -40,7 +40,7 @@ def fit(
         with clock.waiting():
             batch = next(batches)
         lr = lr_at(step, steps, optim)
-        output = engine.forward(batch.clips_BNCTHW.to(engine.device))
+        output = engine.forward(to_input(batch, engine.device))
         losses = objective(output, batch.labels_B.to(engine.device), engine.gather)
         _require_finite(losses, batch, step)
         engine.step(losses.total, lr)
