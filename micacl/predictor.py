@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from micacl.batch import Batch, collate
+from micacl.batch import Batch, collate, to_input
 from micacl.bundle import Bundle
 from micacl.model.micacl import MICACL
 from pipeline.bags import Bag, video_to_bags
@@ -97,6 +97,6 @@ class Predictor:
 @torch.inference_mode()
 def forward(model: MICACL, batch: Batch, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(probabilities_BK, instance weights_BN) of one batch, on the CPU."""
-    output = model(batch.clips_BNCTHW.to(device))
+    output = model(to_input(batch, device))
     probabilities_BK = output.logits_BK.float().softmax(-1).cpu().numpy()
     return probabilities_BK, output.weights_BN.float().cpu().numpy()

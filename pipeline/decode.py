@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from pipeline.bags import Bag
 from pipeline.codec import Buffer, StoredFrames, decode_frame, decode_stream
-from pipeline.contract import MicaclError
-from pipeline.samplers import SAMPLERS
+from pipeline.contract import MicaclError, require_between
+from pipeline.samplers import SAMPLERS, pick_segments
 
 Pixels = NDArray[np.uint8]
 
@@ -30,6 +30,8 @@ class StreamConfig:
     """Frames per instance that a step uses."""
     sampler: str = "segments"
     """Which of the stored frames: `segments` (evenly in each instance) or `m3dfel` (pipeline/samplers.py)."""
+    slowest: float = 1.0
+    """Least speed in training, of the clip's own: frames of a random stretch of each instance. For `segments`."""
     lookahead: int = 64
     """Clips decoded or being decoded ahead of the one that is used, per rank."""
     prefetch: int = 512
@@ -54,6 +56,13 @@ class StreamConfig:
         if min(self.frames, self.lookahead, self.processes + 1, *read) < 1:
             raise MicaclError(
                 "A field of --stream is below 1.", "No clip could be read.", "Give 1 or more for each of them."
+            )
+        require_between(0.05, 1, "--stream.slowest", self.slowest)
+        if self.slowest < 1 and self.sampler != "segments":
+            raise MicaclError(
+                f"--stream.slowest is {self.slowest} with the sampler {self.sampler}.",
+                "That sampler has one speed.",
+                "Leave it at 1, or use --stream.sampler segments.",
             )
         for name, value, known in (
             ("sampler", self.sampler, tuple(SAMPLERS)),
@@ -83,7 +92,7 @@ def decode_frames(
     place: MakePlace,
 ) -> Pixels:
     """The same of any bag whose members can be asked for by their number in tar order."""
-    picked_NT = SAMPLERS[config.sampler](meta.instance_frames, config.frames, rng)
+    picked_NT = _pick(meta.instance_frames, config, rng)
     out_NTHWC = place((len(picked_NT), config.frames, meta.size, meta.size, 3), np.uint8)
     slots_FHWC = out_NTHWC.reshape(-1, *out_NTHWC.shape[2:])
     picked = [frame for row in picked_NT for frame in row]
@@ -97,6 +106,12 @@ def decode_frames(
         else:
             slots_FHWC[slot] = slots_FHWC[first[frame]]
     return out_NTHWC
+
+
+def _pick(instance_frames: Sequence[int], config: StreamConfig, rng: np.random.Generator | None) -> list[list[int]]:
+    if config.slowest < 1:
+        return pick_segments(instance_frames, config.frames, rng, config.slowest)
+    return SAMPLERS[config.sampler](instance_frames, config.frames, rng)
 
 
 def _fill_from_streams(

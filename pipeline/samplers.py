@@ -3,6 +3,9 @@
     segments   each instance by itself: the middle of each of `wanted` equal parts, in training a random frame of it
     m3dfel     the whole bag in one: M3DFEL's rule, kept with its quirk
 
+The random frame is the temporal jitter of training. With `slowest` below 1, `segments` also draws a speed: what is cut
+into parts is then a stretch of each instance, a random share of it from `slowest` to 1: the movement comes slower.
+
 Frames are numbered through the bag, over the borders of its instances.
 """
 
@@ -15,11 +18,17 @@ from typing import Any
 import numpy as np
 
 
-def pick_segments(instance_frames: Sequence[int], wanted: int, rng: np.random.Generator | None) -> list[list[int]]:
+def pick_segments(
+    instance_frames: Sequence[int], wanted: int, rng: np.random.Generator | None, slowest: float = 1.0
+) -> list[list[int]]:
     """`wanted` frame numbers of each instance, in order of time, as `pick_frames`."""
     low_NT, length_NT, last_N1, start_N1 = _segments(tuple(instance_frames), wanted)
     at_NT = rng.random(low_NT.shape) if rng is not None else 0.5
-    frames_NT = np.minimum((low_NT + at_NT * length_NT).astype(np.int64), last_N1) + start_N1
+    places_NT = low_NT + at_NT * length_NT
+    if rng is not None and slowest < 1:
+        speed = rng.uniform(slowest, 1)
+        places_NT = places_NT * speed + (last_N1 + 1) * (1 - speed) * rng.random()
+    frames_NT = np.minimum(places_NT.astype(np.int64), last_N1) + start_N1
     picked: list[list[int]] = frames_NT.tolist()
     return picked
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.contract import MicaclError
 from pipeline.decode import StreamConfig
-from pipeline.samplers import SAMPLERS, pick_frames
+from pipeline.samplers import SAMPLERS, pick_frames, pick_segments
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)
@@ -106,3 +106,31 @@ def test_every_stored_frame_is_used_in_training() -> None:
     seen = Counter(i for _ in range(600) for i in pick_frames(12, 4, rng))
     assert sorted(seen) == list(range(12))
     assert max(seen.values()) < 1.5 * min(seen.values())
+
+
+@pytest.mark.parametrize("slowest", [0.25, 0.5])
+def test_a_speed_takes_a_stretch_of_each_instance(slowest: float) -> None:
+    """Frames stay in order and in their instance; from the first to the last is a share of it from `slowest` to 1."""
+    spans = []
+    for seed in range(2000):
+        picked = np.array(pick_segments([1000] * 4, 4, rng_of(seed), slowest))
+        assert (np.diff(picked) >= 0).all()
+        assert (picked // 1000 == np.arange(4)[:, None]).all()
+        spans.append((picked[:, -1] - picked[:, 0]).max() / 1000)
+    assert 0.5 * slowest < min(spans) < 0.75 * slowest  # between the outer two of four parts, a half to all of it
+    assert max(spans) > 0.9
+    ends = [picked for seed in range(400) for picked in pick_segments([12], 4, rng_of(seed), slowest)]
+    assert set(np.ravel(ends)) == set(range(12))
+
+
+def test_speed_one_changes_no_draw() -> None:
+    for seed in range(20):
+        assert pick_segments([12, 7], 4, rng_of(seed), 1.0) == pick_segments([12, 7], 4, rng_of(seed))
+    assert pick_segments([12, 7], 4, None, 0.5) == pick_segments([12, 7], 4, None)
+
+
+def test_a_speed_is_for_segments_alone() -> None:
+    with pytest.raises(MicaclError, match=r"--stream.slowest is 0.5 with the sampler m3dfel"):
+        StreamConfig(sampler="m3dfel", slowest=0.5)
+    with pytest.raises(MicaclError, match=r"--stream.slowest is 0\b"):
+        StreamConfig(slowest=0)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
-from micacl.batch import Batch
+from micacl.batch import Batch, to_input
 from micacl.loss.objective import Losses, Objective
 from micacl.train.engine import Engine
 from micacl.train.hooks import Hook, StepRecord
@@ -46,7 +46,7 @@ def fit(
         if progress.head_only and progress.step == 0:
             engine.restart_head()
         lr, labels_B = lr_at(progress.step, progress.steps, optim), batch.labels_B.to(engine.device)
-        clips_BNCTHW = batch.clips_BNCTHW.to(engine.device)
+        clips_BNCTHW = to_input(batch, engine.device)
         output = engine.forward(clips_BNCTHW)
         losses = objective(output, labels_B, engine.gather, progress)
         _require_finite(losses, batch, step, newest)
