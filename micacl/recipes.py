@@ -42,7 +42,8 @@ def tiny_cpu() -> RunConfig:
 
 def dfew() -> RunConfig:
     """MICACL on DFEW, after M3DFEL's shape: 4 instances x 4 frames, 112 px, R3D-18. Give --train.fold 1 to 5, and
-    --model.backbone.weights with torchvision's Kinetics-400 file. For GPUs; not run on DFEW by us, which is gated."""
+    --model.backbone.weights with torchvision's Kinetics-400 file. For GPUs; not run on DFEW by us, which is gated.
+    """
     return RunConfig(
         plan=PlanConfig(policy="uniform", global_batch=256),
         stream=StreamConfig(frames=4, lookahead=256, processes=8),
@@ -52,7 +53,7 @@ def dfew() -> RunConfig:
 
 
 def ferv39k() -> RunConfig:
-    """MICACL on FERV39k: as `dfew`, with half the epochs, as it has 2.5 times the clips and one split. Not run by us."""
+    """MICACL on FERV39k: as `dfew`, with half the epochs, for 2.5 times the clips and one split. Not run by us."""
     config = dfew()
     return replace(config, train=replace(config.train, epochs=50))
 
@@ -60,7 +61,8 @@ def ferv39k() -> RunConfig:
 def m3dfel() -> RunConfig:
     """The baseline that MICACL is likely built on, as M3DFEL's released code has it (CVPR 2023; facts in docs/model.md):
     DLIAM over R3D-18, cross entropy with smoothing 0.1, no re-balancing, its augmentation and its frame sampler, no
-    colour normalisation, no clipping. Weight decay leaves out norms and biases, which that code decays too."""
+    colour normalisation, no clipping. Weight decay leaves out norms and biases, which that code decays too.
+    """
     return RunConfig(
         model=ModelConfig(geiim=GEIIMConfig(enabled=False), wian=WIANConfig(kind="dliam"), projection_dim=0),
         loss=LossConfig(mccl=False),
@@ -90,7 +92,11 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 def baseline(config: RunConfig) -> RunConfig:
     """Without MICACL's parts: a mean over instances."""
     model = replace(
-        config.model, geiim=GEIIMConfig(enabled=False), wian=WIANConfig(kind="mean"), projection_dim=0, prototypes="none"
+        config.model,
+        geiim=GEIIMConfig(enabled=False),
+        wian=WIANConfig(kind="mean"),
+        projection_dim=0,
+        prototypes="none",
     )
     return replace(config, model=model, loss=replace(config.loss, mccl=False))
 
@@ -171,13 +177,17 @@ LONG_TAIL: dict[str, Change] = {
     "mccl-balanced-softmax": _mccl_with("natural", name="balanced_softmax"),
 }
 CHANGES: dict[str, Change] = PARTS | LONG_TAIL
-SETS: dict[str, tuple[str, ...]] = {"ablation": (*PARTS, *LONG_TAIL), "parts": tuple(PARTS), "long-tail": tuple(LONG_TAIL)}
+SETS: dict[str, tuple[str, ...]] = {
+    "ablation": (*PARTS, *LONG_TAIL),
+    "parts": tuple(PARTS),
+    "long-tail": tuple(LONG_TAIL),
+}
 
 
 def recipe(name: str) -> RunConfig:
     """`BASE` or `BASE+CHANGE+...` to its config. Raises MicaclError for an unknown name, with the nearest ones."""
     base, *changes = name.split("+")
-    config = _known(base, RECIPES, "recipe")()
+    config: RunConfig = _known(base, RECIPES, "recipe")()
     for change in changes:
         config = _known(change, CHANGES, "change of a recipe")(config)
     return config

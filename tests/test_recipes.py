@@ -52,7 +52,10 @@ def test_every_recipe_builds_and_takes_a_step(name: str) -> None:
     assert from_dict(RunConfig, to_dict(config)) == config
     model = build_model(config.model, seed=0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    engine, objective = PlainEngine(model, config.train), Objective(config.loss, config.model.classes and (40, 20, 9, 8, 7, 2, 4))
+    engine, objective = (
+        PlainEngine(model, config.train),
+        Objective(config.loss, config.model.classes and (40, 20, 9, 8, 7, 2, 4)),
+    )
     batch = collate(clips(config), config.batch, train=True)
     output = engine.forward(to_input(batch, torch.device("cpu")))
     losses = objective(output, batch.labels_B, engine.gather, Progress())

@@ -37,7 +37,7 @@ def base(instances: int = 4, epochs: int = 25) -> RunConfig:
         model=ModelConfig(
             backbone=BackboneConfig.tiny(8),
             geiim=GEIIMConfig(enabled=False),
-            wian=WIANConfig(enabled=False),
+            wian=WIANConfig(kind="mean"),
             instances=instances,
             classes=DYNAMICS_LABELS,
             projection_dim=0,

@@ -115,7 +115,7 @@ def train(
     fit(
         engine,
         data.batches(0, 0, 1, read=read),
-        Objective(config.loss, data.seen_counts),
+        Objective(config.loss, data.seen_counts, engine.model),
         config.train,
         start_step=0,
         steps=data.steps,
