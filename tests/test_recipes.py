@@ -12,7 +12,6 @@ from micacl.batch import collate, to_input
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.loss.objective import Objective
 from micacl.loss.progress import Progress
-from micacl.model.backbone import BackboneConfig
 from micacl.model.micacl import build_model
 from micacl.recipes import CHANGES, LONG_TAIL, PARTS, RECIPES, SETS, expand, recipe
 from micacl.train.engine import PlainEngine

@@ -17,6 +17,7 @@ Legend: B clips, N instances, T frames per instance, H W height and width, C cha
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import time
@@ -32,7 +33,7 @@ from micacl.batch import collate
 from micacl.config import RunConfig, to_dict
 from micacl.loss.objective import Objective
 from micacl.metrics import Confusion
-from micacl.model.micacl import build_model
+from micacl.model.micacl import MICACL, build_model
 from micacl.predictor import forward
 from micacl.train.data import train_data
 from micacl.train.engine import PlainEngine
@@ -52,6 +53,8 @@ class Experiment:
     config: RunConfig
     control: str = "none"
     regroup: bool = False
+    posthoc: bool = False
+    """Also test the trained model with its classifier corrected afterwards."""
 
 
 def run(experiment: Experiment, dataset_url: str, seed: int, out: Path) -> dict[str, Any]:
@@ -63,8 +66,9 @@ def run(experiment: Experiment, dataset_url: str, seed: int, out: Path) -> dict[
         return found
     torch.set_num_threads(1)
     start_s, dataset = time.monotonic(), open_dataset(dataset_url)
-    model, curve = train(experiment, config, dataset)
+    model, curve, clips = train(experiment, config, dataset)
     confusion, rows = test(experiment, config, dataset, model)
+    corrected = {name: test(experiment, config, dataset, m)[0] for name, m in posthoc(experiment, model, clips).items()}
     scores = confusion.scores()
     result = {
         "name": experiment.name,
@@ -77,6 +81,8 @@ def run(experiment: Experiment, dataset_url: str, seed: int, out: Path) -> dict[
         "war": scores.war,
         "recall": scores.recall,
         "matrix": scores.to_dict()["matrix"],
+        "posthoc": {name: c.scores().to_dict()["matrix"] for name, c in corrected.items()},
+        "train_clips": clips,
         "loss": curve,
         "rows": rows,
     }
@@ -123,11 +129,11 @@ def train(
         log_every=data.steps_per_epoch,
         hooks=[curve],
     )
-    return engine.model, curve.points
+    return engine.model, curve.points, data.class_counts
 
 
 def test(
-    experiment: Experiment, config: RunConfig, dataset: Dataset, model: torch.nn.Module
+    experiment: Experiment, config: RunConfig, dataset: Dataset, model: MICACL
 ) -> tuple[Confusion, list[list[Any]]]:
     """(confusion, rows of [key, subject, truth, predicted]) of the test split."""
     rows, confusion, out = split_rows(dataset, "test"), Confusion(dataset.labels), []

@@ -1,0 +1,137 @@
+"""Long-tail methods on the dynamics set with an 18:1 tail: every method, the same five seeds, the same level test split.
+
+    python bench/science/data.py tail OUT
+    python bench/science/tail.py OUT/dataset OUT/runs --seeds 5 --processes 2
+
+The methods are the changes of micacl/recipes.py, so a table row is a recipe that a user can train. All keep the model
+(with GEIIM and WIAN), the epochs and the learning rate. Post-hoc methods reuse the runs of cross-entropy and train
+nothing. Intervals are 95 % t-intervals over seeds; differences are paired by seed, against oversampling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dynamics import base, replace
+from experiment import Experiment
+from grid import run_all
+
+from micacl.config import RunConfig
+from micacl.loss.config import LossConfig
+from micacl.model.geiim import GEIIMConfig
+from micacl.model.wian import WIANConfig
+from micacl.recipes import CHANGES, LONG_TAIL
+
+HEAD, MID, TAIL = slice(0, 2), slice(2, 5), slice(5, 8)
+"""Classes by training clips: 270 and 180; 120, 80 and 50; 35, 22 and 15."""
+T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
+"""Student's t for a 95 % interval, by seeds."""
+PRICE = "oversampling"
+
+
+def full(epochs: int) -> RunConfig:
+    """GEIIM, WIAN and MCCL at their defaults on the small network."""
+    config = base(epochs=epochs)
+    model = replace(config.model, geiim=GEIIMConfig(), wian=WIANConfig(), projection_dim=32)
+    return replace(config, model=model, loss=LossConfig())
+
+
+def variants(config: RunConfig) -> dict[str, RunConfig]:
+    """Of MCCL beside balanced softmax: what it takes to help, one change at a time."""
+    start = CHANGES["mccl-balanced-softmax"](config)
+
+    def loss(**fields: Any) -> RunConfig:
+        return replace(start, loss=replace(start.loss, **fields))
+
+    def prototypes(kind: str, **fields: Any) -> RunConfig:
+        changed = loss(**fields)
+        return replace(changed, model=replace(changed.model, prototypes=kind))
+
+    return {
+        "bag only": loss(scales=("bag",)),
+        "weight 0.5": loss(mccl_weight=0.5),
+        "weight 1": loss(mccl_weight=1.0),
+        "class anchors": loss(mccl_anchors="classes"),
+        "plain SupCon": loss(class_average=False),
+        "learned prototypes": prototypes("learned"),
+        "classifier prototypes": prototypes("classifier"),
+        "queue 8": loss(queue_clips_per_class=8),
+        "cosine schedule": loss(mccl_schedule="cosine", mccl_weight=0.5),
+        "bag, prototypes, weight 0.5": prototypes("learned", scales=("bag",), mccl_weight=0.5),
+    }
+
+
+def experiments(which: str, epochs: int) -> list[Experiment]:
+    config = full(epochs)
+    if which == "variants":
+        return [Experiment(name=name, config=c) for name, c in variants(config).items()]
+    return [Experiment(name=name, config=CHANGES[name](config), posthoc=name == "cross-entropy") for name in LONG_TAIL]
+
+
+def groups(matrix: list[list[int]]) -> dict[str, float]:
+    """UAR, WAR, and the mean recall of head, mid and tail classes."""
+    counts_KK = np.array(matrix)
+    recall_K = np.diagonal(counts_KK) / counts_KK.sum(1)
+    parts = {"head": recall_K[HEAD], "mid": recall_K[MID], "tail": recall_K[TAIL]}
+    return {"UAR": float(recall_K.mean()), **{name: float(part.mean()) for name, part in parts.items()}}
+
+
+def natural_war(matrix: list[list[int]], train_clips: tuple[int, ...]) -> float:
+    """WAR of a test split that is as long-tailed as the training split: recalls weighted by its shares."""
+    counts_KK, share_K = np.array(matrix), np.array(train_clips) / sum(train_clips)
+    return float((np.diagonal(counts_KK) / counts_KK.sum(1) * share_K).sum())
+
+
+def interval(values: list[float]) -> str:
+    """Mean and half width in percent; a single value without."""
+    mean = 100 * float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:.1f}"
+    half = 100 * T_95[len(values)] * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return f"{mean:.1f} ± {half:.1f}"
+
+
+def table(rows: dict[str, list[dict[str, Any]]], train_clips: tuple[int, ...], price: str) -> str:
+    """`rows`: by method the results of its seeds, in one order of seeds."""
+    lines = [
+        "| method | UAR | WAR, long-tailed | head | mid | tail | UAR, less " + price + " |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    uar_of = {name: [groups(r["matrix"])["UAR"] for r in results] for name, results in rows.items()}
+    for name, results in rows.items():
+        found = [{**groups(r["matrix"]), "WAR": natural_war(r["matrix"], train_clips)} for r in results]
+        cells = [interval([f[k] for f in found]) for k in ("UAR", "WAR", "head", "mid", "tail")]
+        paired = [a - b for a, b in zip(uar_of[name], uar_of.get(price, uar_of[name]), strict=True)]
+        lines.append(f"| {name} | {' | '.join(cells)} | {interval(paired)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("dataset")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--which", choices=("methods", "variants"), default="methods")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--only", default="", help="methods whose name contains this; oversampling always")
+    args = parser.parse_args()
+    chosen = [e for e in experiments(args.which, args.epochs) if args.only in e.name or e.name == PRICE]
+    results = run_all(chosen, args.dataset, range(args.seeds), args.out, args.processes)
+    rows: dict[str, list[dict[str, Any]]] = {}
+    for result in results:
+        rows.setdefault(result["name"], []).append(result)
+        for name, matrix in result.get("posthoc", {}).items():
+            rows.setdefault(f"{result['name']}, {name}", []).append({**result, "matrix": matrix})
+    train_clips = tuple(results[0]["train_clips"])
+    print(table(rows, train_clips, PRICE if PRICE in rows else next(iter(rows))))
+    sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
