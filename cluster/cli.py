@@ -124,6 +124,8 @@ def evaluate(
     fold: int | None = None,
     out: str | None = None,
     version: int | None = None,
+    tau_norm: float = 0.0,
+    adjust: float = 0.0,
     workers: int = 1,
     gpu: bool = False,
     address: str | None = None,
@@ -135,8 +137,10 @@ def evaluate(
         dataset: folder or s3://bucket/prefix.
         split: train, val or test.
         fold: test fold of a dataset in folds; default the one that was kept out of training.
-        out: where the files go; default MODEL/evaluation/SPLIT.
+        out: where the files go; default MODEL/evaluation/SPLIT, with the changes below in its name.
         version: dataset version; default the newest.
+        tau_norm: normalise the classifier's weights by this power of their length, as `micacl export` does.
+        adjust: take this much of the log prior of training out of the scores, as `micacl export` does.
         workers: ranks that share the clips.
         gpu: one GPU a worker.
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
@@ -148,8 +152,10 @@ def evaluate(
     from pipeline.ray_local import ray_session
 
     require_at_least(1, ("--workers", workers))
-    out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
-    bundle = load_model(absolute(model))
+    bundle, changes = load_model(absolute(model)), ""
+    if tau_norm or adjust:
+        bundle, changes = bundle.changed(tau_norm, adjust), f"-tau-norm{tau_norm:g}-adjust{adjust:g}"
+    out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}{changes}")
     opened = open_dataset(absolute(dataset), version, kept_out_fold(bundle.config, fold))
     opened.split(split)
     with ray_session(address=address, num_cpus=workers):
@@ -158,17 +164,21 @@ def evaluate(
     return result
 
 
-def export(run: Run, bundle: BundleUrl, step: int | None = None) -> dict[str, Any]:
+def export(
+    run: Run, bundle: BundleUrl, step: int | None = None, tau_norm: float = 0.0, adjust: float = 0.0
+) -> dict[str, Any]:
     """Write a bundle from a run's checkpoint.
 
     Args:
         run: the run: folder or s3://bucket/prefix.
         bundle: where the bundle goes.
         step: which checkpoint; default the newest.
+        tau_norm: normalise the classifier's weights by this power of their length; 1 makes them equally long.
+        adjust: take this much of the log prior of training out of the scores; 1 takes all.
     """
     from micacl.bundle import export_bundle
 
-    made = export_bundle(absolute(run), absolute(bundle), step)
+    made = export_bundle(absolute(run), absolute(bundle), step, tau_norm=tau_norm, adjust=adjust)
     say(f"bundle {made.id} of step {made.origin['step']} in {made.url}")
     return {"bundle": made.url, "id": made.id, "labels": list(made.labels), "origin": dict(made.origin)}
 

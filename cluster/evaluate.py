@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from typing import Any
 
@@ -11,6 +12,7 @@ import ray
 
 from micacl.bundle import Bundle, load_model
 from micacl.evaluate import Scored, confusion_png, gather_scores, score_rank
+from micacl.posthoc import PostHoc
 from pipeline.contract import MicaclError, canonical_json
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.storage import open_store
@@ -25,7 +27,7 @@ def evaluate(
     """
     clips, model_url, dataset_url = dataset.split(split).num_rows, bundle.url, dataset.store.root
     rank_task = ray.remote(num_cpus=1, num_gpus=1 if gpu else 0)(_score)
-    said = (model_url, bundle.origin["step"], dataset_url, dataset.number, dataset.fold, split)
+    said = (model_url, bundle.origin["step"], bundle.posthoc, dataset_url, dataset.number, dataset.fold, split)
     parts = [rank_task.remote(*said, rank, workers) for rank in range(workers)]
     try:
         scored = [one for part in ray.get(parts) for one in part]
@@ -36,6 +38,7 @@ def evaluate(
     summary = {
         "model": model_url,
         "origin": dict(bundle.origin),
+        "posthoc": dataclasses.asdict(bundle.posthoc),
         "dataset": {"url": dataset_url, "version": dataset.number, "sha256": dataset.sha256},
         "split": split,
         "fold": dataset.fold,
@@ -48,9 +51,18 @@ def evaluate(
 
 
 def _score(
-    model_url: str, step: int, dataset_url: str, version: int, fold: int | None, split: str, rank: int, ranks: int
+    model_url: str,
+    step: int,
+    posthoc: PostHoc,
+    dataset_url: str,
+    version: int,
+    fold: int | None,
+    split: str,
+    rank: int,
+    ranks: int,
 ) -> list[Scored]:
-    return list(score_rank(load_model(model_url, step), open_dataset(dataset_url, version, fold), split, rank, ranks))
+    bundle = dataclasses.replace(load_model(model_url, step), posthoc=posthoc)
+    return list(score_rank(bundle, open_dataset(dataset_url, version, fold), split, rank, ranks))
 
 
 def _table(scored: list[Scored], dataset: Dataset) -> bytes:

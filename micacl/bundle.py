@@ -2,13 +2,16 @@
 
 <bundle>/model.safetensors   weights
 <bundle>/bundle.json         config, labels, preprocessing, where it came from; put last, names the weights' hash
+
+The weights are those of training. What is changed of the classifier afterwards (micacl.posthoc) stands in bundle.json,
+and `Bundle.build` does it: for predict, serve and evaluate alike.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import safetensors.torch
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.model.micacl import MICACL, build_model
+from micacl.posthoc import PostHoc, apply, posthoc_of
 from micacl.train.checkpoint import Checkpoint, load_tensors, read_checkpoint
 from pipeline.contract import (
     SCHEMA_VERSION,
@@ -47,16 +51,26 @@ class Bundle:
     """`run`, `step`, `dataset`: where it came from."""
     id: str
     """12 hex digits of bundle.json's sha256; stands in every prediction."""
+    posthoc: PostHoc = field(default_factory=PostHoc)
+    """What `build` changes of the classifier."""
+    class_counts: Mapping[str, Any] = field(default_factory=dict)
+    """Clips of each class of training: `dataset` as there were, `seen` as drawn."""
 
     @property
     def labels(self) -> tuple[str, ...]:
         return self.config.model.classes
 
     def build(self) -> MICACL:
-        """The model in evaluation mode, weights loaded strictly."""
+        """The model in evaluation mode, weights loaded strictly, classifier changed as `posthoc` says."""
         model = build_model(self.config.model, seed=0)
         model.load_state_dict(dict(self.weights), strict=True)
-        return model.eval()
+        return apply(model, self.posthoc).eval()
+
+    def changed(self, tau_norm: float, adjust: float) -> Bundle:
+        """The same with these changes of the classifier instead of its own. Raises MicaclError."""
+        posthoc = posthoc_of(tau_norm, adjust, self.config.loss.name, self.class_counts)
+        name = digest(canonical_json({"bundle": self.id, "posthoc": dataclasses.asdict(posthoc)}).encode())[:12]
+        return dataclasses.replace(self, posthoc=posthoc, id=name)
 
 
 def crop_from(values: Mapping[str, Any]) -> CropConfig:
@@ -71,9 +85,15 @@ def crop_from(values: Mapping[str, Any]) -> CropConfig:
     return config
 
 
-def export_bundle(run_url: str, bundle_url: str, step: int | None = None) -> Bundle:
-    """Checkpoint -> bundle. Raises MicaclError if the run has no complete checkpoint."""
-    checkpoint = read_checkpoint(open_store(run_url), step)
+def export_bundle(
+    run_url: str, bundle_url: str, step: int | None = None, *, tau_norm: float = 0.0, adjust: float = 0.0
+) -> Bundle:
+    """Checkpoint -> bundle. Raises MicaclError if the run has no complete checkpoint, or cannot be changed so."""
+    run = open_store(run_url)
+    checkpoint = read_checkpoint(run, step)
+    changed = as_bundle(checkpoint, run).changed(tau_norm, adjust)
+    if changed.posthoc:
+        changed.build()  # refuses what this model cannot be given
     store = open_store(bundle_url)
     store.check()
     weights = safetensors.torch.save(dict(checkpoint.weights))
@@ -83,6 +103,8 @@ def export_bundle(run_url: str, bundle_url: str, step: int | None = None) -> Bun
         "crop": checkpoint.state["crop"],
         "weights": {"path": WEIGHTS, "bytes": len(weights), "sha256": digest(weights)},
         "origin": {"run": run_url, "step": checkpoint.step, "dataset": checkpoint.state["dataset"]},
+        "class_counts": dict(changed.class_counts),
+        "posthoc": dataclasses.asdict(changed.posthoc),
     }
     store.put(WEIGHTS, weights)
     store.put(BUNDLE, canonical_json(body).encode())
@@ -111,6 +133,8 @@ def load_bundle(url: str) -> Bundle:
             weights=load_tensors(weights, store.url(WEIGHTS)),
             origin=dict(body["origin"]),
             id=digest(data)[:12],
+            posthoc=from_dict(PostHoc, body.get("posthoc", dataclasses.asdict(PostHoc())), "posthoc"),
+            class_counts=dict(body.get("class_counts", {})),
         )
     _require_fit(bundle)
     return bundle
@@ -165,6 +189,7 @@ def as_bundle(checkpoint: Checkpoint, store: Store) -> Bundle:
         weights=checkpoint.weights,
         origin=origin,
         id=digest(canonical_json(origin).encode())[:12],
+        class_counts=dict(checkpoint.state.get("class_counts", {})),
     )
 
 

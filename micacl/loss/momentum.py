@@ -5,7 +5,7 @@
 Keys that were made some steps ago then fit those made now, because the average moves slowly. It is a whole second
 model: one more forward pass without a graph a step, one more set of weights in memory and in the checkpoint. It sees
 the same augmented clips as the model, in evaluation mode (the batch norm's statistics are averaged like the weights),
-so that its keys do not depend on how clips are spread over ranks. It computes in float32 (float64 with a float64 model).
+so that its keys do not depend on how clips are spread over ranks. It computes in float32 or wider.
 """
 
 from __future__ import annotations
