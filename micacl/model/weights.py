@@ -5,10 +5,11 @@ apart by their content. From wherever the storage layer opens: a path, s3://...,
 
 The names in the file are those of the publisher: torchvision's for the ResNets, transformers' for VideoMAE. They may
 stand below a prefix that all encoder tensors share (`module.`, `model.`, `videomae.`, `backbone.`; it is found, not
-listed), and inside a dict `state_dict`, `model` or `module`. Left aside: classification layers, a VideoMAE decoder, and
-everything outside the prefix. Every tensor of the backbone must then be there in its shape; only batch counters and
-VideoMAE's last norm may be missing, and no tensor may be left over. A training run calls this once, before its first
-step; a checkpoint or a bundle has all weights itself and never comes here.
+listed), and inside a dict `state_dict`, `model` or `module`. Left aside: classification layers, a VideoMAE's decoder
+and the norm before it (fine-tuning has one of its own, after the mean), and everything outside the prefix. Every tensor
+of the backbone must then be there in its shape; only batch counters and VideoMAE's last norm may be missing, and no
+tensor may be left over. A training run calls this once, before its first step; a checkpoint or a bundle has all weights
+itself and never comes here.
 """
 
 from __future__ import annotations
@@ -30,14 +31,14 @@ from micacl.model.backbone import Backbone, BackboneConfig, build_backbone
 from pipeline.contract import MicaclError, digest
 from pipeline.storage import open_store, split_url
 
-_ASIDE = re.compile(r"fc\.|classifier\.|decoder\.|encoder_to_decoder\.|mask_token$|.*position_embeddings$")
+_ASIDE = re.compile(r"fc\.|classifier\.|layernorm\.|decoder\.|encoder_to_decoder\.|mask_token$|.*position_embeddings$")
 _MAY_MISS = re.compile(r".*num_batches_tracked$|norm\.(weight|bias)$")
 _VIDEOMAE_NAMES = (
     (re.compile(r"attention\.attention\.q_bias$"), "attention.attention.query.bias"),
     (re.compile(r"attention\.attention\.v_bias$"), "attention.attention.value.bias"),
     (re.compile(r"^fc_norm\."), "norm."),
 )
-"""From transformers before release 5, and from its classification model, to what micacl.model.videomae has."""
+"""From earlier releases of transformers, and from its classification model, to what micacl.model.videomae has."""
 _DAMAGE = (RuntimeError, EOFError, ValueError, TypeError, KeyError, IndexError, AttributeError, AssertionError, OSError)
 """What torch.load raises on bytes that are not its own."""
 _CONTAINERS = ("state_dict", "model", "module")
