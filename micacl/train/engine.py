@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from micacl.loss.gather import gather_with_gradient, identity
 from micacl.model.micacl import MICACL, Output
 from micacl.train.optim import OptimConfig, make_optimizer
+from micacl.train.precision import ComputeConfig, prepared
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, Tensor]
@@ -52,18 +53,25 @@ class Engine(Protocol):
 class PlainEngine:
     """AdamW on every rank, gradients averaged by all-reduce."""
 
-    def __init__(self, model: MICACL, config: OptimConfig, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: MICACL,
+        config: OptimConfig,
+        device: torch.device | None = None,
+        compute: ComputeConfig | None = None,
+    ) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.ranks = dist.get_world_size() if self.distributed else 1
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device)
         self.config = config
-        self.optimizer = make_optimizer(self.model, config)
+        self.compute = compute or ComputeConfig()
+        self._forward = prepared(self.model, self.compute, self.device)
+        self.optimizer = make_optimizer(self.model, config, fused=self.compute.fused)
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
-        output: Output = self.model(clips_BNCTHW)
-        return output
+        return self._forward(clips_BNCTHW)
 
     def step(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -83,9 +91,9 @@ class PlainEngine:
         return mean_over_ranks(x, self.ranks) if self.distributed else x
 
     def export_state(self) -> tuple[Tensors, Tensors]:
-        weights = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
+        weights = {name: _whole(t) for name, t in self.model.state_dict().items()}
         moments = {
-            f"{kind}.{name}": self.optimizer.state[p][kind].detach().cpu().clone()
+            f"{kind}.{name}": _whole(self.optimizer.state[p][kind])
             for name, p in self.model.named_parameters()
             if p in self.optimizer.state
             for kind in MOMENTS
@@ -96,8 +104,14 @@ class PlainEngine:
         self.model.load_state_dict(dict(weights), strict=True)
         for name, p in self.model.named_parameters():
             if f"exp_avg.{name}" in moments:
-                state: Tensors = {kind: moments[f"{kind}.{name}"].to(self.device).clone() for kind in MOMENTS}
-                self.optimizer.state[p] = {**state, "step": torch.tensor(float(step))}
+                state: Tensors = {kind: torch.empty_like(p).copy_(moments[f"{kind}.{name}"]) for kind in MOMENTS}
+                place = self.device if self.compute.fused else None
+                self.optimizer.state[p] = {**state, "step": torch.tensor(float(step), device=place)}
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A copy on the CPU in the plain layout, as a checkpoint takes it."""
+    return x.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

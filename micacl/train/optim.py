@@ -35,12 +35,12 @@ class OptimConfig:
             require_between(low, high, flag, value)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW without decay on norms and biases."""
+def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW without decay on norms and biases. `fused`: one kernel for all weights; else torch chooses."""
     decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused or None)
 
 
 def lr_at(step: int, steps: int, config: OptimConfig) -> float:
