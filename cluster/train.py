@@ -42,6 +42,7 @@ from micacl.train.hooks.console import Console
 from micacl.train.hooks.jsonl import METRICS, JsonLines
 from micacl.train.loop import fit
 from micacl.train.optim import progress_at
+from micacl.train.precision import ComputeConfig, check_bf16_conv3d
 from pipeline.cli import DatasetUrl, absolute
 from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
@@ -67,6 +68,7 @@ class ScalingConfig:
     engine: str = "deepspeed"
     """deepspeed | plain"""
     deepspeed: DeepSpeedConfig = field(default_factory=DeepSpeedConfig)
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
 
     def __post_init__(self) -> None:
         if self.engine not in ("deepspeed", "plain") or min(self.workers, self.cpus_per_worker, self.decoders + 1) < 1:
@@ -75,6 +77,12 @@ class ScalingConfig:
                 f"{self.decoders} decoders each.",
                 "The run was not started.",
                 "Use engine deepspeed or plain, 1 or more workers and CPUs, 0 or more decoders.",
+            )
+        if self.engine == "deepspeed" and self.compute != ComputeConfig():
+            raise MicaclError(
+                "--scaling.compute is set with --scaling.engine deepspeed.",
+                "Those settings are the plain engine's.",
+                "Add --scaling.engine plain, or use --scaling.deepspeed.bf16 True for DeepSpeed's own bfloat16.",
             )
 
 
@@ -279,7 +287,9 @@ def _reader(scaling: ScalingConfig) -> Callable[[Loader, int], Iterator[ClipBatc
 def _engine(model: MICACL, config: RunConfig, scaling: ScalingConfig, clips_per_rank: int) -> Engine:
     device = ray.train.torch.get_device()
     if scaling.engine == "plain":
-        return PlainEngine(model, config.train, device)
+        return PlainEngine(model, config.train, device, scaling.compute)
+    if scaling.deepspeed.bf16:
+        check_bf16_conv3d(device)
     return DeepSpeedEngine(
         model, config.train, clips_per_rank=clips_per_rank, deepspeed=scaling.deepspeed, device=device
     )

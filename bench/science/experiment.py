@@ -34,10 +34,12 @@ from micacl.config import RunConfig, to_dict
 from micacl.loss.objective import Objective
 from micacl.metrics import Confusion
 from micacl.model.micacl import MICACL, build_model
+from micacl.posthoc import PostHoc, apply
 from micacl.predictor import forward
 from micacl.train.data import train_data
 from micacl.train.engine import PlainEngine
 from micacl.train.loop import fit
+from micacl.train.precision import ComputeConfig
 from pipeline.dataset import Dataset, open_dataset
 from pipeline.loader import ClipBatch, EvalLoader, Loader
 from pipeline.rows import split_rows
@@ -106,17 +108,27 @@ class _Curve:
             self.points.append({"step": record.step, **{k: round(v, 4) for k, v in record.losses.items()}})
 
 
+def posthoc(experiment: Experiment, model: MICACL, clips: tuple[int, ...]) -> dict[str, MICACL]:
+    """By name, copies of the model with another classifier (micacl/posthoc.py)."""
+    if not experiment.posthoc:
+        return {}
+    found = {f"tau-norm {tau:g}": PostHoc(tau_norm=tau) for tau in (0.5, 1.0)}
+    found["logit adjustment"] = PostHoc(adjust=1.0, counts=tuple(float(n) for n in clips))
+    return {name: apply(copy.deepcopy(model), how) for name, how in found.items()}
+
+
 def train(
     experiment: Experiment, config: RunConfig, dataset: Dataset
-) -> tuple[torch.nn.Module, list[dict[str, float]]]:
+) -> tuple[MICACL, list[dict[str, float]], tuple[int, ...]]:
+    """(model, mean losses of each epoch, training clips of each class)."""
     data, curve = train_data(dataset, config), _Curve()
 
     def read(loader: Loader, epochs: int) -> Iterator[ClipBatch]:
         for batch in loader.batches(epochs):
             yield changed(batch, experiment)
 
-    model = build_model(config.model, config.train.seed).to(memory_format=torch.channels_last_3d)  # 1.5 times as fast
-    engine = PlainEngine(model, config.train)
+    model = build_model(config.model, config.train.seed)
+    engine = PlainEngine(model, config.train, compute=ComputeConfig(channels_last=True))
     torch.manual_seed(config.train.seed)  # dropout's
     fit(
         engine,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from micacl.loss.gather import gather_with_gradient, identity
 from micacl.model.micacl import MICACL, Output
 from micacl.train.optim import OptimConfig, make_optimizer, of_head, set_lr
+from micacl.train.precision import ComputeConfig, prepared
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Tensors = dict[str, Tensor]
@@ -82,20 +83,27 @@ class Staged(nn.Module):
 class PlainEngine:
     """AdamW on every rank, gradients averaged by all-reduce."""
 
-    def __init__(self, model: MICACL, config: OptimConfig, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        model: MICACL,
+        config: OptimConfig,
+        device: torch.device | None = None,
+        compute: ComputeConfig | None = None,
+    ) -> None:
         self.distributed = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.distributed else 0
         self.ranks = dist.get_world_size() if self.distributed else 1
         self.device = device or torch.device("cpu")
         self.model = model.to(self.device)
         self.config, self.head_only = config, False
+        self.compute = compute or ComputeConfig()
         self._staged = Staged(self.model)
-        self.optimizer = make_optimizer(self.model, config)
+        self._forward = prepared(self._staged, self.compute, self.device)
+        self.optimizer = make_optimizer(self.model, config, fused=self.compute.fused)
 
     def forward(self, clips_BNCTHW: Tensor) -> Output:
         self._staged.head_only = self.head_only
-        output: Output = self._staged(clips_BNCTHW)
-        return output
+        return self._forward(clips_BNCTHW)
 
     def step(self, loss: Tensor, lr: float) -> None:
         self.optimizer.zero_grad(set_to_none=True)
@@ -115,9 +123,9 @@ class PlainEngine:
         return mean_over_ranks(x, self.ranks) if self.distributed else x
 
     def export_state(self) -> tuple[Tensors, Tensors]:
-        weights = {name: t.detach().cpu().clone() for name, t in self.model.state_dict().items()}
+        weights = {name: _whole(t) for name, t in self.model.state_dict().items()}
         moments = {
-            f"{kind}.{name}": self.optimizer.state[p][kind].detach().cpu().clone()
+            f"{kind}.{name}": _whole(self.optimizer.state[p][kind])
             for name, p in self.model.named_parameters()
             if p in self.optimizer.state
             for kind in MOMENTS
@@ -130,9 +138,15 @@ class PlainEngine:
         self.model.load_state_dict(dict(weights), strict=True)
         for name, p in self.model.named_parameters():
             if f"exp_avg.{name}" in moments:
-                state: Tensors = {kind: moments[f"{kind}.{name}"].to(self.device).clone() for kind in MOMENTS}
+                state: Tensors = {kind: torch.empty_like(p).copy_(moments[f"{kind}.{name}"]) for kind in MOMENTS}
                 done = step if head_step is None or not of_head(name) else head_step
-                self.optimizer.state[p] = {**state, "step": torch.tensor(float(done))}
+                place = self.device if self.compute.fused else None
+                self.optimizer.state[p] = {**state, "step": torch.tensor(float(done), device=place)}
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A copy on the CPU in the plain layout, as a checkpoint takes it."""
+    return x.detach().cpu().clone(memory_format=torch.contiguous_format)
 
     def restart_head(self) -> None:
         self.model.head.load_state_dict(self._staged.first_head)

@@ -44,8 +44,11 @@ class OptimConfig:
             require_between(low, high, flag, value)
 
 
-def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW without decay on norms and biases. With a second stage the head has groups of its own, marked `head`."""
+def make_optimizer(model: nn.Module, config: OptimConfig, *, fused: bool = False) -> torch.optim.AdamW:
+    """AdamW without decay on norms and biases. With a second stage the head has groups of its own, marked `head`.
+
+    `fused`: one kernel for all weights; else torch chooses.
+    """
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     parts = (False, True) if config.retrain_head_from is not None else (False,)
     groups: list[dict[str, Any]] = []
@@ -54,7 +57,7 @@ def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         decayed, others = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
         groups.append({"params": decayed, "weight_decay": config.weight_decay, "head": head})
         groups.append({"params": others, "weight_decay": 0.0, "head": head})
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr)
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=config.lr, fused=fused or None)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float, *, head_only: bool) -> None:
