@@ -59,7 +59,7 @@ def ferv39k() -> RunConfig:
 
 
 def m3dfel() -> RunConfig:
-    """The baseline that MICACL is likely built on, as M3DFEL's released code has it (CVPR 2023; facts in docs/model.md):
+    """The baseline that MICACL is likely built on, as M3DFEL's released code has it (CVPR 2023, docs/model.md):
     DLIAM over R3D-18, cross entropy with smoothing 0.1, no re-balancing, its augmentation and its frame sampler, no
     colour normalisation, no clipping. Weight decay leaves out norms and biases, which that code decays too.
     """

@@ -1,24 +1,24 @@
 """A raw bucket whose classes differ in dynamics alone: what a model without a sense of time cannot tell apart.
 
-A clip has two halves, in either order. In one the eyes move and the mouth stands still, in the other the mouth moves
-and the eyes stand still:
+A clip has two halves, in either order. In one the mouth wanders sideways and keeps as open as it is, in the other it
+opens and closes and keeps its place:
 
-    eyes    theta runs 1 or 2 turns, forwards or backwards;    left eye closes by (1 + cos theta) / 2,
-                                                                right eye closes by (1 + sin theta) / 2
-    mouth   a sawtooth that rises fast and falls slowly, or the same played backwards
+    place    from right to left and quickly back, or from left to right and quickly back; once or twice in the half
+    opening  opens fast and closes slowly, or opens slowly and closes fast
 
     class = <slow|fast> _ <right|left> _ <onset|offset>
-            turns         which eye leads  mouth opens fast and closes slowly, or the reverse
+            how often     where it goes   how it opens
 
-All phases are uniform, and what stands still stands at a phase of its own. So
+Both are sawtooths: played backwards, one class is the other. All phases are uniform, and what stands still stands at a
+phase of its own. So
 
-* at every time the state (theta, mouth) has one and the same distribution in all eight classes: a single frame tells
+* at every time the state (place, opening) has one and the same distribution in all eight classes: a single frame tells
   nothing, wherever in the clip it stands;
-* the frames of the moving half sweep the same closed curve in all eight classes: the frames without their order tell
-  nothing either (but for the sampling of that curve: a fast eye passes fewer different phases between two frames).
+* the frames of a clip are the same set in all eight classes: without their order they tell nothing either (but for how
+  densely they sample it: a fast mouth is at fewer different places between two frames).
 
-Subject, light, head motion, order of the halves, number of mouth strokes and noise are drawn without looking at the
-class. A mirror image swaps the eyes, so this set is trained without flips. The faces are those of
+Subject, light, head motion, order of the halves, number of openings and noise are drawn without looking at the
+class. A mirror image swaps left and right, so this set is trained without flips. The faces are those of
 pipeline/demo_faces.py.
 """
 
@@ -36,8 +36,8 @@ import numpy.typing as npt
 from pipeline.contract import MicaclError, digest
 from pipeline.demo import Clip, encode_mp4, labels_csv, put
 from pipeline.demo_faces import (
-    EYES,
     FACE,
+    MOUTH,
     UNITS,
     Bytes,
     Floats,
@@ -47,7 +47,6 @@ from pipeline.demo_faces import (
     make_subject,
     pixel_grid,
     render_course,
-    squash_field,
     unit_fields,
 )
 
@@ -55,15 +54,17 @@ if TYPE_CHECKING:
     from pipeline.storage import Store
 
 SPEEDS: Final = ("slow", "fast")
-LEADS: Final = ("right", "left")
+WAYS: Final = ("right", "left")
 PROFILES: Final = ("onset", "offset")
-DYNAMICS_LABELS: Final = tuple("_".join(words) for words in itertools.product(SPEEDS, LEADS, PROFILES))
+DYNAMICS_LABELS: Final = tuple("_".join(words) for words in itertools.product(SPEEDS, WAYS, PROFILES))
 """slow_right_onset, slow_right_offset, slow_left_onset, ..., fast_left_offset: eight."""
 
-_RISE: Final = 0.25
-"""Share of a mouth stroke that opens, in `onset`."""
+_RISE: Final = 0.2
+"""Share of a period that the quick part takes."""
 _OPEN_PX: Final = 16.0
 """Height of the open mouth, portrait pixels."""
+_SIDE_PX: Final = 9.0
+"""How far the mouth wanders to either side, portrait pixels."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,49 +129,41 @@ def plan_dynamics(config: DynamicsConfig) -> list[Clip]:
 def draw_dynamics(clip: Clip, subject: Subject, config: DynamicsConfig) -> Bytes:
     """(T, side, side, 3) RGB of one clip; a function of the seed, the clip and its subject."""
     rng = _stream(config, clip.path)
-    eyes_T2, mouth_T = dynamics_course(clip.label, config.frames, rng)
-    if subject.mirrored:
-        eyes_T2 = eyes_T2[:, ::-1]
-    strength = rng.uniform(0.85, 1.1, 3).astype(np.float32)
+    place_T, opening_T = dynamics_course(clip.label, config.frames, rng)
+    side_T = (2 * place_T - 1) * (-1 if subject.mirrored else 1)
+    strength = rng.uniform(0.85, 1.1, 2).astype(np.float32)
     idle_TU = np.stack([rng.uniform(0, 0.15) * drift(config.frames, rng) for _ in UNITS], axis=1)
-    weights_TU = np.concatenate([idle_TU, eyes_T2 * strength[:2]], axis=1).astype(np.float32)
-    fields_UHW2 = np.concatenate([unit_fields(), wink_fields()])
-    return render_course(subject, weights_TU, fields_UHW2, _OPEN_PX * strength[2] * mouth_T, config.side, rng)
+    weights_TU = np.concatenate([idle_TU, (side_T * strength[0])[:, None]], axis=1).astype(np.float32)
+    fields_UHW2 = np.concatenate([unit_fields(), sideways_field()])
+    return render_course(subject, weights_TU, fields_UHW2, _OPEN_PX * strength[1] * opening_T, config.side, rng)
 
 
 def dynamics_course(label: str, frames: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
-    """How far the left and right eye are closed (T, 2) and the mouth is open (T,), 0 to 1, over one clip."""
-    speed, lead, profile = label.split("_")
+    """Where the mouth is, 0 left to 1 right of the picture, and how far open, 0 to 1: (T,) and (T,) of one clip."""
+    speed, way, profile = label.split("_")
     half = frames // 2
-    step_T = np.arange(half) / half
-    turns = (1.0 + SPEEDS.index(speed)) * (1 if lead == "left" else -1)
-    theta_T = rng.uniform() + turns * step_T
-    stroke_T = rng.uniform() + rng.uniform(1.1, 1.6) * step_T * (1 if profile == "onset" else -1)
-    theta, stroke = np.full(half, rng.uniform()), np.full(half, rng.uniform())
-    eyes_first = rng.random() < 0.5
-    theta_T = np.concatenate([theta_T, theta] if eyes_first else [theta, theta_T])
-    stroke_T = np.concatenate([stroke, stroke_T] if eyes_first else [stroke_T, stroke])
-    eyes_T2 = 0.5 + 0.5 * np.stack([np.cos(2 * np.pi * theta_T), np.sin(2 * np.pi * theta_T)], axis=1)
-    return eyes_T2.astype(np.float32), sawtooth(stroke_T)
+    time_T = np.arange(half) / half
+    place_T = rng.uniform() + (1.0 + SPEEDS.index(speed)) * time_T * (-1 if way == "right" else 1)
+    opening_T = rng.uniform() + rng.uniform(1.1, 1.6) * time_T * (-1 if profile == "offset" else 1)
+    place, opening = np.full(half, rng.uniform()), np.full(half, rng.uniform())
+    place_first = rng.random() < 0.5
+    place_T = np.concatenate([place_T, place] if place_first else [place, place_T])
+    opening_T = np.concatenate([opening, opening_T] if place_first else [opening_T, opening])
+    return sawtooth(place_T), sawtooth(opening_T)
 
 
 def sawtooth(phase_T: npt.ArrayLike) -> Floats:
-    """Rises from 0 to 1 over the first quarter of a period and falls over the rest; each height lasts equally long."""
+    """Rises from 0 to 1 over the first fifth of a period and falls over the rest; each height lasts equally long."""
     part_T = np.mod(np.asarray(phase_T, np.float32), np.float32(1))
     return np.asarray(np.minimum(part_T / _RISE, (1 - part_T) / (1 - _RISE)), np.float32)
 
 
 @cache
-def wink_fields() -> Floats:
-    """(2, H, W, 2): pushes that close the eye on the left and on the right of the picture, and lower its brow."""
+def sideways_field() -> Floats:
+    """(1, H, W, 2): a push of mouth and chin to the right of the picture."""
     left, top, right, bottom = FACE
     grid_HW2 = pixel_grid()[top:bottom, left:right]
-    brows = ((104.0, 89.0), (153.0, 91.0))
-    fields = [
-        1.9 * squash_field(grid_HW2, x, y, 12, 7) + bump_field(grid_HW2, (bx, by, 0, 5, 11, 6))
-        for (x, y), (bx, by) in zip(EYES, brows, strict=True)
-    ]
-    return np.stack(fields).astype(np.float32)
+    return bump_field(grid_HW2, (MOUTH[0], MOUTH[1] + 4, _SIDE_PX, 0.0, 26.0, 18.0))[None]
 
 
 def _stream(config: DynamicsConfig, *names: str) -> np.random.Generator:

@@ -1,4 +1,4 @@
-"""Long-tail methods on the dynamics set with an 18:1 tail: every method, the same five seeds, the same level test split.
+"""Long-tail methods on the dynamics set with an 18:1 tail: all on the same five seeds and the same level test split.
 
     python bench/science/data.py tail OUT
     python bench/science/tail.py OUT/dataset OUT/runs --seeds 5 --processes 2

@@ -143,11 +143,6 @@ class PlainEngine:
                 place = self.device if self.compute.fused else None
                 self.optimizer.state[p] = {**state, "step": torch.tensor(float(done), device=place)}
 
-
-def _whole(x: Tensor) -> Tensor:
-    """A copy on the CPU in the plain layout, as a checkpoint takes it."""
-    return x.detach().cpu().clone(memory_format=torch.contiguous_format)
-
     def restart_head(self) -> None:
         self.model.head.load_state_dict(self._staged.first_head)
         for p in self.model.head.parameters():
@@ -158,3 +153,8 @@ def mean_over_ranks(x: Tensor, ranks: int) -> Tensor:
     total = x.detach().clone()
     dist.all_reduce(total)
     return total / ranks
+
+
+def _whole(x: Tensor) -> Tensor:
+    """A copy on the CPU in the plain layout, as a checkpoint takes it."""
+    return x.detach().cpu().clone(memory_format=torch.contiguous_format)

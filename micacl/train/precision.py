@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from micacl.model.backbone import refuse_unknown
-from micacl.model.micacl import MICACL, Output
+from micacl.model.micacl import Output
 from pipeline.contract import MicaclError
 
 PRECISIONS = ("fp32", "bf16")
