@@ -218,7 +218,7 @@ def one_step_at_a_time(space: DiagonalStateSpace, u_ND: Tensor) -> Tensor:
     return out
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     instances=st.integers(1, 9),
     dilation=st.integers(1, 4),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -208,6 +208,7 @@ def test_a_cut_file(tmp_path: Path) -> None:
 
 
 @settings(max_examples=150, deadline=None)
+@example(data=b"r")
 @given(data=st.binary(max_size=64) | st.binary(max_size=64).map(lambda b: b"\x80\x02" + b))
 def test_any_bytes_are_refused_in_words(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = file_of(tmp_path_factory.mktemp("fuzz"), data)

@@ -143,29 +143,42 @@ def test_dliam_has_the_parameters_of_m3dfels() -> None:
     assert parts == {"lstm": 10_502_144, "attention": 3_145_728, "dmin": 2_052, "conv": 13}
 
 
+def reference_dmin(dmin: DMIN, x_BNE: Tensor) -> Tensor:
+    """The released code's steps: features before instances, torch.var."""
+    x_BEN = x_BNE.transpose(1, 2)
+    mean_in, var_in = x_BEN.mean(-1, keepdim=True), x_BEN.var(-1, keepdim=True)
+    mean_ln = mean_in.mean(1, keepdim=True)
+    var_ln = (var_in + mean_in**2).mean(1, keepdim=True) - mean_ln**2
+    m, s = dmin.mean_mix.softmax(0), dmin.var_mix.softmax(0)
+    normed = (x_BEN - m[0] * mean_in - m[1] * mean_ln) / (s[0] * var_in + s[1] * var_ln + 1e-5).sqrt()
+    return normed.transpose(1, 2) * dmin.weight_E + dmin.bias_E
+
+
 def reference_dliam(dliam: DLIAM, h_BND: Tensor) -> Tensor:
-    """The released code's steps, with torch's own modules and torch.var."""
+    """The released code's steps, with torch's own modules."""
     x = dliam.lstm(h_BND)[0]
     b, n, features = x.shape
     q, k, v = (t.view(b, n, dliam.attention.heads, -1).transpose(1, 2) for t in dliam.attention.qkv(x).chunk(3, -1))
     attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, features)
-    t_BEN = attended.transpose(1, 2)
-    mean_in, var_in = t_BEN.mean(-1, keepdim=True), t_BEN.var(-1, keepdim=True)
-    mean_ln = mean_in.mean(1, keepdim=True)
-    var_ln = (var_in + mean_in**2).mean(1, keepdim=True) - mean_ln**2
-    m, s = dliam.dmin.mean_mix.softmax(0), dliam.dmin.var_mix.softmax(0)
-    normed = (t_BEN - m[0] * mean_in - m[1] * mean_ln) / (s[0] * var_in + s[1] * var_ln + 1e-5).sqrt()
-    gate = normed.transpose(1, 2) * dliam.dmin.weight_E + dliam.dmin.bias_E
-    conv = nn.functional.conv1d(x * gate.sigmoid(), dliam.conv.weight, dliam.conv.bias, padding=1)
-    return conv[:, 0]
+    gate = reference_dmin(dliam.dmin, attended).sigmoid()
+    return nn.functional.conv1d(x * gate, dliam.conv.weight, dliam.conv.bias, padding=1)[:, 0]
 
 
 def test_dliam_is_the_released_codes_steps() -> None:
     torch.manual_seed(0)
     dliam = DLIAM(instances=3, features=4, lstm_layers=2, heads=4).double()
-    for p in dliam.dmin.parameters():
+    for p in dliam.parameters():
         nn.init.normal_(p)
     torch.testing.assert_close(dliam(random_bags())[0], reference_dliam(dliam, random_bags()))
+
+
+@pytest.mark.parametrize("instances", [2, 3, 6])
+def test_dmin_is_the_released_codes_steps(instances: int) -> None:
+    torch.manual_seed(0)
+    dmin, x = DMIN(4).double(), random_bags(instances=instances)
+    for p in dmin.parameters():
+        nn.init.normal_(p)
+    torch.testing.assert_close(dmin(x), reference_dmin(dmin, x))
 
 
 @pytest.mark.parametrize("missing", [[1], [0], [2], [0, 1]])
