@@ -83,7 +83,7 @@ def test_the_losses_are_those_of_fp32(compute: ComputeConfig, tolerance: float, 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_it_compiles_as_one_graph(mode: str, reference: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With its gradients. Another backend than inductor, which takes two minutes of C++: bench/train_step.py runs it."""
+    """With its gradients, by another backend than inductor: that takes minutes of C++ (bench/train_step.py)."""
     compiled, modes = torch.compile, []
 
     def compile_here(model: Any, *, mode: str) -> Any:
