@@ -96,8 +96,10 @@ def evaluate(
     dataset: DatasetUrl,
     split: str = "test",
     fold: int | None = None,
+    checkpoint: str = "last",
     out: str | None = None,
     version: int | None = None,
+    embeddings: bool = False,
     workers: int = 1,
     gpu: bool = False,
     address: str | None = None,
@@ -107,44 +109,69 @@ def evaluate(
     Args:
         model: a run or a bundle: folder or s3://bucket/prefix.
         dataset: folder or s3://bucket/prefix.
-        split: train, val or test.
+        split: train, val or test. On val the temperature is fitted that later evaluations report.
         fold: test fold of a dataset in folds; default the one that was kept out of training.
-        out: where the files go; default MODEL/evaluation/SPLIT.
+        checkpoint: of a run: last, or best on validation.
+        out: where the files go; default MODEL/evaluation/SPLIT, or SPLIT-best.
         version: dataset version; default the newest.
+        embeddings: also write embeddings.parquet: the features of each bag.
         workers: ranks that share the clips.
         gpu: one GPU a worker.
         address: of a running Ray cluster to join; default RAY_ADDRESS, else a private one.
     """
     from cluster.evaluate import evaluate as job
     from micacl.bundle import load_model
-    from micacl.evaluate import kept_out_fold
-    from pipeline.dataset import open_dataset
+    from micacl.evaluate import open_for
+    from micacl.predictions import folder_of
+    from micacl.train.best import step_of
     from pipeline.ray_local import ray_session
+    from pipeline.storage import open_store
 
     require_at_least(1, ("--workers", workers))
-    out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}")
-    bundle = load_model(absolute(model))
-    opened = open_dataset(absolute(dataset), version, kept_out_fold(bundle.config, fold))
+    url = absolute(model)
+    bundle = load_model(url, step_of(open_store(url), checkpoint))
+    opened = open_for(bundle, absolute(dataset), version, fold, split)
     opened.split(split)
+    out = absolute(out or f"{model.rstrip('/')}/{folder_of(split, checkpoint)}")
     with ray_session(address=address, num_cpus=workers):
-        result = job(bundle, opened, split, out_url=out, workers=workers, gpu=gpu)
+        result = job(
+            bundle, opened, split, out_url=out, workers=workers, gpu=gpu, checkpoint=checkpoint, embeddings=embeddings
+        )
     say(result["text"])
     return result
 
 
-def export(run: Run, bundle: BundleUrl, step: int | None = None) -> dict[str, Any]:
+def export(
+    run: Run, bundle: BundleUrl, step: int | None = None, checkpoint: str = "last", temperature: str = "none"
+) -> dict[str, Any]:
     """Write a bundle from a run's checkpoint.
 
     Args:
         run: the run: folder or s3://bucket/prefix.
         bundle: where the bundle goes.
-        step: which checkpoint; default the newest.
+        step: which checkpoint, by number; it must be one that is kept.
+        checkpoint: without --step: last, or best on validation.
+        temperature: of the probabilities: none, a number, or auto: what `micacl evaluate --split val` fitted.
     """
     from micacl.bundle import export_bundle
+    from micacl.summary import temperature_of
+    from micacl.train.best import step_of
+    from micacl.train.checkpoint import read_checkpoint
+    from pipeline.storage import open_store
 
-    made = export_bundle(absolute(run), absolute(bundle), step)
-    say(f"bundle {made.id} of step {made.origin['step']} in {made.url}")
-    return {"bundle": made.url, "id": made.id, "labels": list(made.labels), "origin": dict(made.origin)}
+    store = open_store(absolute(run))
+    chosen = step if step is not None else step_of(store, checkpoint)
+    if chosen is None:
+        chosen = read_checkpoint(store).step
+    made = export_bundle(absolute(run), absolute(bundle), chosen, temperature_of(absolute(run), chosen, temperature))
+    say(f"bundle {made.id} of step {made.origin['step']}, temperature {made.temperature:g}, in {made.url}")
+    return {
+        "bundle": made.url,
+        "id": made.id,
+        "labels": list(made.labels),
+        "temperature": made.temperature,
+        "origin": dict(made.origin),
+    }
 
 
 def predict(

@@ -47,6 +47,8 @@ class Bundle:
     """`run`, `step`, `dataset`: where it came from."""
     id: str
     """12 hex digits of bundle.json's sha256; stands in every prediction."""
+    temperature: float = 1.0
+    """Class scores are divided by it before the softmax; 1 leaves them (micacl.calibration)."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -71,8 +73,8 @@ def crop_from(values: Mapping[str, Any]) -> CropConfig:
     return config
 
 
-def export_bundle(run_url: str, bundle_url: str, step: int | None = None) -> Bundle:
-    """Checkpoint -> bundle. Raises MicaclError if the run has no complete checkpoint."""
+def export_bundle(run_url: str, bundle_url: str, step: int | None = None, temperature: float = 1.0) -> Bundle:
+    """Checkpoint -> bundle, the newest by default. Raises MicaclError if the run has no complete checkpoint."""
     checkpoint = read_checkpoint(open_store(run_url), step)
     store = open_store(bundle_url)
     store.check()
@@ -82,6 +84,7 @@ def export_bundle(run_url: str, bundle_url: str, step: int | None = None) -> Bun
         "config": checkpoint.state["config"],
         "crop": checkpoint.state["crop"],
         "weights": {"path": WEIGHTS, "bytes": len(weights), "sha256": digest(weights)},
+        "temperature": temperature,
         "origin": {"run": run_url, "step": checkpoint.step, "dataset": checkpoint.state["dataset"]},
     }
     store.put(WEIGHTS, weights)
@@ -111,6 +114,7 @@ def load_bundle(url: str) -> Bundle:
             weights=load_tensors(weights, store.url(WEIGHTS)),
             origin=dict(body["origin"]),
             id=digest(data)[:12],
+            temperature=float(body.get("temperature", 1.0)),
         )
     _require_fit(bundle)
     return bundle

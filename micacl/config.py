@@ -14,7 +14,7 @@ from micacl.batch import BatchConfig
 from micacl.loss.objective import LossConfig
 from micacl.model.micacl import ModelConfig
 from micacl.train.optim import OptimConfig
-from pipeline.contract import MicaclError, canonical_json, digest
+from pipeline.contract import MicaclError, canonical_json, digest, require_at_least, require_between
 from pipeline.plan import PlanConfig
 from pipeline.stream import StreamConfig
 
@@ -36,6 +36,14 @@ class TrainConfig(OptimConfig):
     checkpoint_every: int = 200
     """Steps; the last step always writes one."""
     keep_checkpoints: int = 2
+    """The newest; the best on validation is kept beside them."""
+    val_share: float = 0.0
+    """Of the clips of `train`, held out as split `val`: whole subjects (pipeline/holdout.py). A dataset with a `val` of
+    its own is validated on that."""
+    val_seed: int = 0
+    """Which subjects; the same for all runs that are compared."""
+    val_every: int = 1
+    """Epochs between validations; 0 validates never, and then no checkpoint is called the best."""
 
     def __post_init__(self) -> None:
         OptimConfig.__post_init__(self)
@@ -44,6 +52,14 @@ class TrainConfig(OptimConfig):
                 "--train.epochs, log-every, checkpoint-every and keep-checkpoints must be 1 or more.",
                 "The run was not started.",
                 "Correct the flag.",
+            )
+        require_between(0, 0.9, "--train.val-share", self.val_share)
+        require_at_least(0, ("--train.val-every", self.val_every))
+        if self.val_share and self.split != "train":
+            raise MicaclError(
+                f"--train.val-share {self.val_share:g} stands with --train.split {self.split}.",
+                "Validation is held out of the split `train`; the run was not started.",
+                "Leave one of them out.",
             )
 
 
