@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from micacl.config import RunConfig, to_dict
+from micacl.config import RunConfig, first_difference, to_dict
 from micacl.train.checkpoint import read_checkpoint
 from pipeline.contract import MicaclError, canonical_json, json_object
 from pipeline.storage import open_store
@@ -90,12 +90,3 @@ def _require_same(run_url: str, config: RunConfig, from_run: str | None) -> None
             "It has steps of its own already.",
             "Leave --from-run out to continue it, or give a new run URL.",
         )
-
-
-def first_difference(a: Any, b: Any, at: str = "") -> str:
-    """The first field in which two JSON values differ, and both its values."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            if a.get(key) != b.get(key):
-                return first_difference(a.get(key), b.get(key), f"{at}.{key}" if at else key)
-    return f"{at}: {a!r}, now {b!r}"

@@ -22,6 +22,10 @@ VERBS: dict[str, Verb] = {
     **{name: verb for name, verb in PIPELINE_VERBS.items() if name != "demo"},
     "train": Verb("train a recipe on a dataset: micacl train RECIPE DATASET RUN", "cluster.cli:train"),
     "evaluate": Verb("score a run or bundle on a split, every clip once", "cluster.cli:evaluate"),
+    "compare": Verb("two evaluated runs: which differences can be told from chance", "cluster.cli:compare"),
+    "crossval": Verb(
+        "folds x seeds x recipes on Ray -> one table: crossval RECIPES DATASET OUT", "cluster.cli:crossval"
+    ),
     "export": Verb("checkpoint -> bundle for inference", "cluster.cli:export"),
     "predict": Verb("a bucket of clips -> Parquet of probabilities", "cluster.cli:predict"),
     "serve": Verb("answer predictions over HTTP", "cluster.cli:serve"),
@@ -139,6 +143,62 @@ def evaluate(
         )
     say(result["text"])
     return result
+
+
+def compare(
+    run_a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")],
+    run_b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")],
+    split: str = "test",
+    checkpoint: str = "last",
+) -> dict[str, Any]:
+    """Compare what `micacl evaluate` has left of two runs, clip by clip; nothing is evaluated here.
+
+    Args:
+        run_a: a run, a bundle, or a folder with a predictions.parquet.
+        run_b: another one; differences are B - A.
+        split: which evaluation.
+        checkpoint: which evaluation: of the last checkpoint, or of the best on validation.
+    """
+    from micacl.compare import compare_runs
+
+    result = compare_runs(absolute(run_a), absolute(run_b), split, checkpoint)
+    say(result["text"])
+    return result
+
+
+def crossval(arguments: Arguments, prog: str) -> dict[str, Any]:
+    """`micacl crossval RECIPES DATASET OUT [flags]`; each recipe decides the defaults of its flags."""
+    from dataclasses import replace
+
+    from cluster.crossval import CrossvalArgs, plan
+    from cluster.crossval import crossval as job
+    from micacl.recipes import RECIPES
+    from pipeline.ray_local import ray_session
+
+    names = [name for name in next(iter(arguments), "").split(",") if name]
+    recipes = ", ".join(RECIPES)
+    if names and names[0] in ("-h", "--help"):
+        say(f"usage: {prog} RECIPE[,RECIPE...] DATASET OUT [flags]\n\nrecipes: {recipes}\nflags: {prog} RECIPE --help")
+        raise ArgumentsRefused(0, prog)
+    unknown = [name for name in names if name not in RECIPES]
+    if unknown or not names or len(set(names)) != len(names):
+        what = f"{unknown[0]!r} is no recipe" if unknown else "No recipe was named, or one twice"
+        raise MicaclError(f"{what}.", "No run was started.", f"Choose of: {recipes}; several with commas.")
+    parsed: dict[str, CrossvalArgs] = {}
+    for name in names:
+        default = CrossvalArgs(dataset=tyro.MISSING, out=tyro.MISSING, config=RECIPES[name]())
+        help_line = RECIPES[name].__doc__ or ""
+        parsed[name] = parse(CrossvalArgs, f"{prog} {name}", help_line, arguments[1:], default=default)
+    first = next(iter(parsed.values()))
+    args = replace(first, dataset=absolute(first.dataset), out=absolute(first.out))
+    todo, scaling = plan(args, {name: of.config for name, of in parsed.items()}), args.scaling
+    cpus = args.parallel * scaling.workers * (scaling.cpus_per_worker + scaling.decoders)
+    store_mb = args.parallel * (1000 if scaling.decoders else 400)
+    with ray_session(address=args.address, num_cpus=None if scaling.gpu else cpus, object_store_mb=store_mb):
+        return job(todo, args, say)
+
+
+crossval.takes_arguments = True  # type: ignore[attr-defined]
 
 
 def export(

@@ -9,8 +9,8 @@ import ray
 
 from micacl.bundle import Bundle, load_model
 from micacl.evaluate import Scored, confusion_png, gather_scores, open_for, predictions_of, score_rank, train_clips
-from micacl.predictions import EMBEDDINGS, PREDICTIONS, SCORES, embeddings_parquet
-from micacl.summary import Temperature, stored_temperature, summarise, to_text
+from micacl.predictions import EMBEDDINGS, PREDICTIONS, SCORES, Predictions, embeddings_parquet
+from micacl.summary import OF_BUNDLE, Temperature, stored_temperature, summarise, to_text
 from micacl.train.best import RULE
 from pipeline.contract import MicaclError, canonical_json
 from pipeline.dataset import Dataset
@@ -58,11 +58,12 @@ def write_evaluation(
 ) -> dict[str, Any]:
     """Put predictions.parquet, confusion.png, embeddings.parquet if there are features, and scores.json last.
 
-    On `val` the temperature is fitted; other splits take the one that was fitted there for the same checkpoint.
+    On `val` the temperature is fitted; other splits take the one that was fitted there for the same checkpoint, and a
+    bundle that has one keeps it.
     """
     scores, _ = gather_scores(scored, dataset.labels, dataset.split(split).num_rows)
-    predictions, step = predictions_of(scored, dataset, split), int(bundle.origin["step"])
-    temperature = Temperature.fit(predictions, split, step) if split == "val" else stored_temperature(bundle.url, step)
+    predictions = predictions_of(scored, dataset, split)
+    temperature = _temperature(bundle, predictions, split)
     fields = summarise(predictions, scores, train_clips=train_clips(bundle, dataset), temperature=temperature)
     summary = {**_said(bundle, dataset, split, checkpoint), **fields}
     store = open_store(out_url)
@@ -73,6 +74,13 @@ def write_evaluation(
         store.put(EMBEDDINGS, embeddings_parquet([one.key for one in scored], features_ND))
     store.put(SCORES, canonical_json(summary).encode())
     return {**summary, "text": to_text(scores, fields), "out": out_url}
+
+
+def _temperature(bundle: Bundle, predictions: Predictions, split: str) -> Temperature | None:
+    step = int(bundle.origin["step"])
+    if bundle.temperature != 1.0:
+        return Temperature(value=bundle.temperature, split=OF_BUNDLE, clips=0, step=step)
+    return Temperature.fit(predictions, split, step) if split == "val" else stored_temperature(bundle.url, step)
 
 
 def _said(bundle: Bundle, dataset: Dataset, split: str, checkpoint: str) -> dict[str, Any]:

@@ -113,3 +113,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType) and isinstance(value, list):
         return tuple(value)
     return value
+
+
+def first_difference(a: Any, b: Any, at: str = "") -> str:
+    """The first field in which two JSON values differ, and both its values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            if a.get(key) != b.get(key):
+                return first_difference(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+    return f"{at}: {a!r}, now {b!r}"

@@ -33,6 +33,8 @@ from micacl.predictions import BEST, LAST, SCORES, Predictions, folder_of
 from pipeline.contract import MicaclError, expecting, json_object, require_between
 from pipeline.storage import open_store
 
+OF_BUNDLE = "of the bundle"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Temperature:
@@ -41,7 +43,7 @@ class Temperature:
     value: float | None
     """None: validation did not decide one (micacl.calibration)."""
     split: str
-    """On which it was fitted."""
+    """On which it was fitted, or OF_BUNDLE: it was given at export."""
     clips: int
     step: int
     """Of the checkpoint; a temperature belongs to one set of weights."""
@@ -138,7 +140,8 @@ def _calibration_text(fields: Mapping[str, Any]) -> str:
         return f"{text} (no temperature: `micacl evaluate ... --split val` fits one, if the run has validation clips)"
     if after is None:
         return f"{text} (no temperature: any is as good on {temperature['split']})"
-    where = f"T {temperature['value']:.3f}, fitted on {temperature['clips']} clips of {temperature['split']}"
+    fitted = f"fitted on {temperature['clips']} clips of {temperature['split']}"
+    where = f"T {temperature['value']:.3f}, {OF_BUNDLE if temperature['split'] == OF_BUNDLE else fitted}"
     return f"{text}, {100 * after['ece']:.2f} at {where}"
 
 

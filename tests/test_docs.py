@@ -40,9 +40,10 @@ def test_commands_parse(page: str, command: str, capsys: pytest.CaptureFixture[s
     verb, *rest = words[3:] if words[0] == "python" else words[1:]
     assert verb in verbs, f"{page}: {command}"
     flags = [word for word in rest if word.startswith("--")]
-    if verb == "train" and "RECIPE" not in rest:
-        assert rest[0] in RECIPES
-    recipe = [rest[0] if rest[0] in RECIPES else "tiny-cpu"] if verb == "train" else []
+    named = rest[0].split(",") if verb in ("train", "crossval") else []
+    if named and not named[0].startswith("RECIPE"):
+        assert set(named) <= set(RECIPES), f"{page}: {command}"
+    recipe = [named[0] if named[0] in RECIPES else "tiny-cpu"] if named else []
     assert run(verbs, "micacl", [verb, *recipe, "--help"]) == 0
     shown = capsys.readouterr().out
     for flag in flags:
