@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from micacl.config import RunConfig, to_dict
+from micacl.config import RunConfig, first_difference, to_dict
 from micacl.train.checkpoint import read_checkpoint
 from pipeline.contract import MicaclError, canonical_json, json_object
 from pipeline.storage import open_store
@@ -30,7 +30,7 @@ def claim(run_url: str, config: RunConfig, dataset: dict[str, Any], from_run: st
     if store.exists(CONFIG):
         _require_same(run_url, config, from_run)
         return
-    origin, before = _origin(from_run, config) if from_run else (None, [])
+    origin, before = _origin(from_run, config, dataset) if from_run else (None, [])
     said = {
         "config": to_dict(config),
         "dataset": {**dataset, **({"before": before} if before else {})},
@@ -46,7 +46,7 @@ def claimed(run_url: str) -> dict[str, Any]:
     return {"from": None, **json_object(store.get(CONFIG), store.url(CONFIG))}
 
 
-def _origin(from_run: str, config: RunConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def _origin(from_run: str, config: RunConfig, dataset: dict[str, Any]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """(run and step to begin with, datasets that it has seen). Raises MicaclError for a model of another shape."""
     checkpoint = read_checkpoint(open_store(from_run))
     theirs, ours = checkpoint.state["config"]["model"], json.loads(canonical_json(to_dict(config.model)))
@@ -56,8 +56,24 @@ def _origin(from_run: str, config: RunConfig) -> tuple[dict[str, Any], list[dict
             "Its weights do not fit.",
             "Give the --model flags of that run.",
         )
+    if any(checkpoint.state["dataset"].get(name) == dataset[name] for name in ("url", "sha256")):
+        _require_unseen(from_run, checkpoint.state["config"]["train"], config)
     data = {**checkpoint.state["dataset"], "split": checkpoint.state["config"]["train"]["split"]}
     return {"run": from_run, "step": checkpoint.step}, [*data.pop("before", []), data]
+
+
+def _require_unseen(from_run: str, theirs: dict[str, Any], config: RunConfig) -> None:
+    """What this run validates and tests on, the other must not have been trained on. Raises MicaclError."""
+    train = config.train
+    held_out = ("val_share", "val_seed") if train.val_share else ()
+    for name in ("fold", *held_out):
+        if theirs.get(name) != getattr(train, name):
+            raise MicaclError(
+                f"--from-run {from_run} was trained with train.{name} {theirs.get(name)}, this run has "
+                f"{getattr(train, name)}.",
+                "It has seen clips that this run would be tested or validated on.",
+                f"Give --train.{name.replace('_', '-')} as that run has it.",
+            )
 
 
 def _require_same(run_url: str, config: RunConfig, from_run: str | None) -> None:
@@ -74,12 +90,3 @@ def _require_same(run_url: str, config: RunConfig, from_run: str | None) -> None
             "It has steps of its own already.",
             "Leave --from-run out to continue it, or give a new run URL.",
         )
-
-
-def first_difference(a: Any, b: Any, at: str = "") -> str:
-    """The first field in which two JSON values differ, and both its values."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        for key in sorted({*a, *b}):
-            if a.get(key) != b.get(key):
-                return first_difference(a.get(key), b.get(key), f"{at}.{key}" if at else key)
-    return f"{at}: {a!r}, now {b!r}"

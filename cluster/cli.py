@@ -9,7 +9,7 @@ import tyro
 
 from pipeline.cli import VERBS as PIPELINE_VERBS
 from pipeline.cli import Arguments, ArgumentsRefused, DatasetUrl, Raw, Verb, absolute, parse, run, say, stop_on_sigterm
-from pipeline.contract import MicaclError, require_at_least
+from pipeline.contract import require_at_least
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -23,6 +23,10 @@ VERBS: dict[str, Verb] = {
     "model": Verb("parameters and multiply-accumulates of a recipe, part by part", "cluster.cli:model"),
     "train": Verb("train a recipe on a dataset: micacl train RECIPE DATASET RUN", "cluster.cli:train"),
     "evaluate": Verb("score a run or bundle on a split, every clip once", "cluster.cli:evaluate"),
+    "compare": Verb("two evaluated runs: which differences can be told from chance", "cluster.cli:compare"),
+    "crossval": Verb(
+        "folds x seeds x recipes on Ray -> one table: crossval RECIPES DATASET OUT", "cluster.cli:crossval"
+    ),
     "export": Verb("checkpoint -> bundle for inference", "cluster.cli:export"),
     "predict": Verb("a bucket of clips -> Parquet of probabilities", "cluster.cli:predict"),
     "serve": Verb("answer predictions over HTTP", "cluster.cli:serve"),
@@ -63,17 +67,14 @@ def doctor(url: Annotated[str | None, tyro.conf.Positional] = None) -> dict[str,
     return {"ok": not bad, "checks": len(checks), "failed": bad, "exit": 2 if bad else 0}
 
 
-def recipe_named(arguments: Arguments, prog: str, more: str = "") -> str:
-    """The recipe that is the first argument. Raises MicaclError, or ArgumentsRefused after the help was shown."""
-    from micacl.recipes import RECIPES
+def recipe_named(arguments: Arguments, prog: str, more: str = "", several: str = "") -> str:
+    """The first argument, the name of a recipe. Raises ArgumentsRefused after the help was shown."""
+    from micacl.recipes import listing
 
     name = next(iter(arguments), "")
-    recipes = ", ".join(RECIPES)
     if name in ("-h", "--help"):
-        say(f"usage: {prog} RECIPE {more}[flags]\n\nrecipes: {recipes}\nflags: {prog} RECIPE --help")
+        say(f"usage: {prog} RECIPE{several} {more}[flags]\n\n{listing()}\nflags: {prog} RECIPE --help")
         raise ArgumentsRefused(0, prog)
-    if name not in RECIPES:
-        raise MicaclError(f"{name or 'Nothing'!r} is no recipe.", "Nothing was started.", f"Choose one of: {recipes}.")
     return name
 
 
@@ -81,11 +82,10 @@ def model(arguments: Arguments, prog: str) -> dict[str, Any]:
     """`micacl model RECIPE [flags]`: counts, at the recipe's instances, frames and side."""
     from micacl.config import RunConfig
     from micacl.model.count import count_model
-    from micacl.recipes import RECIPES
+    from micacl.recipes import about, recipe
 
     name = recipe_named(arguments, prog)
-    about = RECIPES[name].__doc__ or ""
-    config: RunConfig = parse(RunConfig, f"{prog} {name}", about, arguments[1:], default=RECIPES[name]())
+    config: RunConfig = parse(RunConfig, f"{prog} {name}", about(name), arguments[1:], default=recipe(name))
     count = count_model(config.model, config.stream.frames, config.batch.side)
     say(count.to_text())
     return {"recipe": name, **count.to_dict()}
@@ -98,12 +98,12 @@ def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     """`micacl train RECIPE DATASET RUN [flags]`; the recipe decides the defaults of the flags."""
     from cluster.train import TrainArgs, check_run
     from cluster.train import train as job
-    from micacl.recipes import RECIPES
+    from micacl.recipes import about, recipe
     from pipeline.ray_local import ray_session
 
     name = recipe_named(arguments, prog, "DATASET RUN ")
-    default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=RECIPES[name]())
-    args: TrainArgs = parse(TrainArgs, f"{prog} {name}", RECIPES[name].__doc__ or "", arguments[1:], default=default)
+    default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=recipe(name))
+    args: TrainArgs = parse(TrainArgs, f"{prog} {name}", about(name), arguments[1:], default=default)
     dataset, run_url = absolute(args.dataset), absolute(args.run)
     from_run = absolute(args.from_run) if args.from_run else None
     data = check_run(dataset, run_url, args.config, args.scaling, args.version, from_run)
@@ -122,8 +122,10 @@ def evaluate(
     dataset: DatasetUrl,
     split: str = "test",
     fold: int | None = None,
+    checkpoint: str = "last",
     out: str | None = None,
     version: int | None = None,
+    embeddings: bool = False,
     tau_norm: float = 0.0,
     adjust: float = 0.0,
     workers: int = 1,
@@ -135,10 +137,12 @@ def evaluate(
     Args:
         model: a run or a bundle: folder or s3://bucket/prefix.
         dataset: folder or s3://bucket/prefix.
-        split: train, val or test.
+        split: train, val or test. On val the temperature is fitted that later evaluations report.
         fold: test fold of a dataset in folds; default the one that was kept out of training.
-        out: where the files go; default MODEL/evaluation/SPLIT, with the changes below in its name.
+        checkpoint: of a run: last, or best on validation.
+        out: where the files go; default MODEL/evaluation/SPLIT, or SPLIT-best, with the changes below in its name.
         version: dataset version; default the newest.
+        embeddings: also write embeddings.parquet: the features of each bag.
         tau_norm: normalise the classifier's weights by this power of their length, as `micacl export` does.
         adjust: take this much of the log prior of training out of the scores, as `micacl export` does.
         workers: ranks that share the clips.
@@ -147,40 +151,124 @@ def evaluate(
     """
     from cluster.evaluate import evaluate as job
     from micacl.bundle import load_model
-    from micacl.evaluate import kept_out_fold
-    from pipeline.dataset import open_dataset
+    from micacl.evaluate import open_for
+    from micacl.predictions import folder_of
+    from micacl.train.best import step_of
     from pipeline.ray_local import ray_session
+    from pipeline.storage import open_store
 
     require_at_least(1, ("--workers", workers))
-    bundle, changes = load_model(absolute(model)), ""
+    url, changes = absolute(model), ""
+    bundle = load_model(url, step_of(open_store(url), checkpoint))
     if tau_norm or adjust:
         bundle, changes = bundle.changed(tau_norm, adjust), f"-tau-norm{tau_norm:g}-adjust{adjust:g}"
-    out = absolute(out or f"{model.rstrip('/')}/evaluation/{split}{changes}")
-    opened = open_dataset(absolute(dataset), version, kept_out_fold(bundle.config, fold))
+    opened = open_for(bundle, absolute(dataset), version, fold, split)
     opened.split(split)
+    out = absolute(out or f"{model.rstrip('/')}/{folder_of(split, checkpoint)}{changes}")
     with ray_session(address=address, num_cpus=workers):
-        result = job(bundle, opened, split, out_url=out, workers=workers, gpu=gpu)
+        result = job(
+            bundle, opened, split, out_url=out, workers=workers, gpu=gpu, checkpoint=checkpoint, embeddings=embeddings
+        )
     say(result["text"])
     return result
 
 
+def compare(
+    run_a: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_A")],
+    run_b: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN_B")],
+    split: str = "test",
+    checkpoint: str = "last",
+) -> dict[str, Any]:
+    """Compare what `micacl evaluate` has left of two runs, clip by clip; nothing is evaluated here.
+
+    Args:
+        run_a: a run, a bundle, or a folder with a predictions.parquet.
+        run_b: another one; differences are B - A.
+        split: which evaluation.
+        checkpoint: which evaluation: of the last checkpoint, or of the best on validation.
+    """
+    from micacl.compare import compare_runs
+
+    result = compare_runs(absolute(run_a), absolute(run_b), split, checkpoint)
+    say(result["text"])
+    return result
+
+
+def crossval(arguments: Arguments, prog: str) -> dict[str, Any]:
+    """`micacl crossval RECIPES DATASET OUT [flags]`; each recipe decides the defaults of its flags.
+
+    RECIPES are names with commas between; `dfew+ablation` stands for a set (micacl/recipes.py).
+    """
+    from dataclasses import replace
+
+    from cluster.crossval import CrossvalArgs, plan
+    from cluster.crossval import crossval as job
+    from micacl.recipes import about, expand, recipe
+    from pipeline.ray_local import ray_session
+
+    names = expand(recipe_named(arguments, prog, "DATASET OUT ", "[,RECIPE...]"))
+    parsed: dict[str, CrossvalArgs] = {}
+    for name in names:
+        default = CrossvalArgs(dataset=tyro.MISSING, out=tyro.MISSING, config=recipe(name))
+        parsed[name] = parse(CrossvalArgs, f"{prog} {name}", about(name), arguments[1:], default=default)
+    first = next(iter(parsed.values()))
+    args = replace(first, dataset=absolute(first.dataset), out=absolute(first.out))
+    todo, scaling = plan(args, {name: of.config for name, of in parsed.items()}), args.scaling
+    cpus = args.parallel * scaling.workers * (scaling.cpus_per_worker + scaling.decoders)
+    store_mb = args.parallel * (1000 if scaling.decoders else 400)
+    with ray_session(address=args.address, num_cpus=None if scaling.gpu else cpus, object_store_mb=store_mb):
+        return job(todo, args, say)
+
+
+crossval.takes_arguments = True  # type: ignore[attr-defined]
+
+
 def export(
-    run: Run, bundle: BundleUrl, step: int | None = None, tau_norm: float = 0.0, adjust: float = 0.0
+    run: Run,
+    bundle: BundleUrl,
+    step: int | None = None,
+    checkpoint: str = "last",
+    temperature: str = "none",
+    tau_norm: float = 0.0,
+    adjust: float = 0.0,
 ) -> dict[str, Any]:
     """Write a bundle from a run's checkpoint.
 
     Args:
         run: the run: folder or s3://bucket/prefix.
         bundle: where the bundle goes.
-        step: which checkpoint; default the newest.
+        step: which checkpoint, by number; it must be one that is kept.
+        checkpoint: without --step: last, or best on validation.
+        temperature: of the probabilities: none, a number, or auto: what `micacl evaluate --split val` fitted.
         tau_norm: normalise the classifier's weights by this power of their length; 1 makes them equally long.
         adjust: take this much of the log prior of training out of the scores; 1 takes all.
     """
     from micacl.bundle import export_bundle
+    from micacl.summary import temperature_of
+    from micacl.train.best import step_of
+    from micacl.train.checkpoint import read_checkpoint
+    from pipeline.storage import open_store
 
-    made = export_bundle(absolute(run), absolute(bundle), step, tau_norm=tau_norm, adjust=adjust)
-    say(f"bundle {made.id} of step {made.origin['step']} in {made.url}")
-    return {"bundle": made.url, "id": made.id, "labels": list(made.labels), "origin": dict(made.origin)}
+    store = open_store(absolute(run))
+    chosen = step if step is not None else step_of(store, checkpoint)
+    if chosen is None:
+        chosen = read_checkpoint(store).step
+    made = export_bundle(
+        absolute(run),
+        absolute(bundle),
+        chosen,
+        temperature=temperature_of(absolute(run), chosen, temperature),
+        tau_norm=tau_norm,
+        adjust=adjust,
+    )
+    say(f"bundle {made.id} of step {made.origin['step']}, temperature {made.temperature:g}, in {made.url}")
+    return {
+        "bundle": made.url,
+        "id": made.id,
+        "labels": list(made.labels),
+        "temperature": made.temperature,
+        "origin": dict(made.origin),
+    }
 
 
 def predict(

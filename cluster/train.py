@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import secrets
 import tempfile
@@ -33,19 +32,21 @@ from micacl.config import RunConfig, from_dict, to_dict
 from micacl.loss.objective import Objective
 from micacl.model.micacl import MICACL, build_model, parameter_count, require_input
 from micacl.model.weights import begin_with_weights, check_encoder_weights
+from micacl.train.best import best_of_checkpoint, put_best, read_best
 from micacl.train.checkpoint import complete_steps, newest_checkpoint, read_checkpoint
-from micacl.train.data import TrainData, train_data
+from micacl.train.data import TrainData, open_training
 from micacl.train.engine import Engine, PlainEngine
 from micacl.train.hooks import Hook
 from micacl.train.hooks.checkpoint import SaveCheckpoint
 from micacl.train.hooks.console import Console
-from micacl.train.hooks.jsonl import METRICS, JsonLines
+from micacl.train.hooks.jsonl import JsonLines, read_metrics
+from micacl.train.hooks.validate import Validate
 from micacl.train.loop import fit
 from micacl.train.optim import progress_at
 from micacl.train.precision import ComputeConfig, check_bf16_conv3d
 from pipeline.cli import DatasetUrl, absolute
 from pipeline.contract import MicaclError
-from pipeline.dataset import open_dataset
+from pipeline.holdout import describe
 from pipeline.loader import ClipBatch, Loader
 from pipeline.plan import PlanState
 from pipeline.ray_stream import ray_batches
@@ -115,7 +116,7 @@ def check_run(
 ) -> TrainData:
     """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
     config = _with_absolute_weights(config)
-    data = train_data(open_dataset(dataset_url, version, config.train.fold, config.train.where), config)
+    data = open_training(dataset_url, version, config)
     if config.plan.global_batch % scaling.workers:
         raise MicaclError(
             f"--plan.global-batch {config.plan.global_batch} is no multiple of --scaling.workers {scaling.workers}.",
@@ -148,6 +149,8 @@ def train(
     """Run or continue a checked run on the Ray that is up. Returns counts for the JSON line. Raises MicaclError."""
     _require_cpus(scaling)
     store = open_store(run_url)
+    if data.val is not None and data.config.train.val_share and data.val.table is not None:
+        say(describe(data.dataset.split("train"), data.val.table))
     before, start_s = (complete_steps(store) or [0])[-1], time.monotonic()
     job = {
         "dataset": dataset_url,
@@ -234,7 +237,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     scaling: ScalingConfig = from_dict(ScalingConfig, job["scaling"])
     torch.set_num_threads(scaling.cpus_per_worker)
     logging.getLogger("ray.train").setLevel(logging.WARNING)
-    data = train_data(open_dataset(job["dataset"], job["version"], config.train.fold, config.train.where), config)
+    data = open_training(job["dataset"], job["version"], config)
     say = _say_as(rank, job["progress"])
     model = build_model(config.model, config.train.seed)
     if _begins_anew(job["run"], claimed(job["run"])["from"]) and (report := begin_with_weights(model.backbone)):
@@ -247,6 +250,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
     before = {k: v for k, v in claimed(job["run"])["dataset"].items() if k == "before"}
+    validation = _validation(engine, data, job["run"], start, metrics, say)
 
     def state_at(step: int) -> dict[str, Any]:
         seen = {"url": job["dataset"], **_version(data), **before}
@@ -261,8 +265,9 @@ def _train_rank(job: dict[str, Any]) -> None:
         state_at=state_at,
         metrics=metrics,
         objective=objective,
+        validation=validation,
     )
-    hooks: list[Hook] = [Console(say), *([metrics] if metrics else []), saver]
+    hooks: list[Hook] = [Console(say), *([metrics] if metrics else []), *([validation] if validation else []), saver]
     fit(
         engine,
         data.batches(start, rank, ranks, nodes=-(-ranks // context.get_local_world_size()), read=_reader(scaling)),
@@ -274,6 +279,22 @@ def _train_rank(job: dict[str, Any]) -> None:
         log_every=config.train.log_every,
         hooks=hooks,
         newest=functools.partial(newest_checkpoint, store),
+    )
+
+
+def _validation(
+    engine: Engine, data: TrainData, run_url: str, start: int, metrics: JsonLines | None, say: Callable[[str], None]
+) -> Validate | None:
+    """The hook, with the best so far as the checkpoint says it that the run continues from."""
+    if data.val is None:
+        return None
+    store = open_store(run_url)
+    best = best_of_checkpoint(store, start) if start in complete_steps(store) else None
+    if engine.rank == 0 and best is not None and read_best(store) != best:  # it stopped between the two files
+        put_best(store, best)
+    config = data.config
+    return Validate(
+        engine, data.val, config.stream, config.batch, every=data.val_steps, best=best, metrics=metrics, say=say
     )
 
 
@@ -341,7 +362,8 @@ def _say_as(rank: int, progress: Any) -> Callable[[str], None]:
 
 def _summary(run_url: str, data: TrainData, before: int, seconds: float) -> dict[str, Any]:
     store = open_store(run_url)
-    lines = [json.loads(line) for line in store.get(METRICS).decode().splitlines()]
+    lines, validations = read_metrics(store)
+    best = read_best(store)
     return {
         "run": run_url,
         "dataset_version": data.dataset.number,
@@ -350,6 +372,7 @@ def _summary(run_url: str, data: TrainData, before: int, seconds: float) -> dict
         "clips_per_class": dict(zip(data.dataset.labels, data.class_counts, strict=True)),
         "first": {k: v for k, v in lines[0].items() if k.startswith("loss/")} if lines else {},
         "last": {k: v for k, v in lines[-1].items() if k.startswith("loss/")} if lines else {},
+        "validation": {"last": validations[-1], "best": best.to_dict()} if validations and best else None,
         "clips_per_s": lines[-1]["clips_per_s"] if lines else None,
         "seconds": round(seconds, 1),
     }

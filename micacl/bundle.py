@@ -55,6 +55,8 @@ class Bundle:
     """What `build` changes of the classifier."""
     class_counts: Mapping[str, Any] = field(default_factory=dict)
     """Clips of each class of training: `dataset` as there were, `seen` as drawn."""
+    temperature: float = 1.0
+    """Class scores are divided by it before the softmax; 1 leaves them (micacl.calibration)."""
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -86,9 +88,15 @@ def crop_from(values: Mapping[str, Any]) -> CropConfig:
 
 
 def export_bundle(
-    run_url: str, bundle_url: str, step: int | None = None, *, tau_norm: float = 0.0, adjust: float = 0.0
+    run_url: str,
+    bundle_url: str,
+    step: int | None = None,
+    *,
+    temperature: float = 1.0,
+    tau_norm: float = 0.0,
+    adjust: float = 0.0,
 ) -> Bundle:
-    """Checkpoint -> bundle. Raises MicaclError if the run has no complete checkpoint, or cannot be changed so."""
+    """Checkpoint -> bundle, the newest by default. Raises MicaclError if there is none, or it cannot be changed so."""
     run = open_store(run_url)
     checkpoint = read_checkpoint(run, step)
     changed = as_bundle(checkpoint, run).changed(tau_norm, adjust)
@@ -102,6 +110,7 @@ def export_bundle(
         "config": checkpoint.state["config"],
         "crop": checkpoint.state["crop"],
         "weights": {"path": WEIGHTS, "bytes": len(weights), "sha256": digest(weights)},
+        "temperature": temperature,
         "origin": {"run": run_url, "step": checkpoint.step, "dataset": checkpoint.state["dataset"]},
         "class_counts": dict(changed.class_counts),
         "posthoc": dataclasses.asdict(changed.posthoc),
@@ -135,6 +144,7 @@ def load_bundle(url: str) -> Bundle:
             id=digest(data)[:12],
             posthoc=from_dict(PostHoc, body.get("posthoc", dataclasses.asdict(PostHoc())), "posthoc"),
             class_counts=dict(body.get("class_counts", {})),
+            temperature=float(body.get("temperature", 1.0)),
         )
     _require_fit(bundle)
     return bundle

@@ -14,7 +14,7 @@ from micacl.batch import BatchConfig
 from micacl.loss.config import LossConfig
 from micacl.model.micacl import ModelConfig
 from micacl.train.optim import OptimConfig
-from pipeline.contract import MicaclError, canonical_json, digest
+from pipeline.contract import MicaclError, canonical_json, digest, require_at_least, require_between
 from pipeline.plan import PlanConfig
 from pipeline.stream import StreamConfig
 
@@ -36,6 +36,14 @@ class TrainConfig(OptimConfig):
     checkpoint_every: int = 200
     """Steps; the last step always writes one."""
     keep_checkpoints: int = 2
+    """The newest; the best on validation is kept beside them."""
+    val_share: float = 0.0
+    """Of the clips of `train`, held out as split `val`: whole subjects (pipeline/holdout.py). A dataset with a `val` of
+    its own is validated on that."""
+    val_seed: int = 0
+    """Which subjects; the same for all runs that are compared."""
+    val_every: int = 1
+    """Epochs between validations; 0 validates never, and then no checkpoint is called the best."""
 
     def __post_init__(self) -> None:
         OptimConfig.__post_init__(self)
@@ -50,6 +58,14 @@ class TrainConfig(OptimConfig):
                 f"--train.retrain-head-from is {self.retrain_head_from} and --train.epochs {self.epochs}.",
                 "The run was not started.",
                 f"Use an epoch from 0 to {self.epochs - 1}, or None to leave it out.",
+            )
+        require_between(0, 0.9, "--train.val-share", self.val_share)
+        require_at_least(0, ("--train.val-every", self.val_every))
+        if self.val_share and self.split != "train":
+            raise MicaclError(
+                f"--train.val-share {self.val_share:g} stands with --train.split {self.split}.",
+                "Validation is held out of the split `train`; the run was not started.",
+                "Leave one of them out.",
             )
 
 
@@ -103,3 +119,12 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if isinstance(hint, types.UnionType) and isinstance(value, list):
         return tuple(value)
     return value
+
+
+def first_difference(a: Any, b: Any, at: str = "") -> str:
+    """The first field in which two JSON values differ, and both its values."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in sorted({*a, *b}):
+            if a.get(key) != b.get(key):
+                return first_difference(a.get(key), b.get(key), f"{at}.{key}" if at else key)
+    return f"{at}: {a!r}, now {b!r}"

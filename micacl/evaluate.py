@@ -14,10 +14,11 @@ from micacl.batch import collate
 from micacl.bundle import Bundle
 from micacl.config import RunConfig
 from micacl.metrics import Confusion, Scores
-from micacl.predictor import forward
-from micacl.train.data import require_labels
+from micacl.predictions import Predictions
+from micacl.predictor import output_of
+from micacl.train.data import has_split, require_labels, with_where
 from pipeline.contract import MicaclError
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, open_dataset
 from pipeline.loader import EvalLoader
 from pipeline.rows import SplitRows, split_rows
 
@@ -32,6 +33,8 @@ class Scored:
     truth: int
     predicted: int
     probabilities: tuple[float, ...]
+    features: tuple[float, ...] = ()
+    """Of the bag, before the class scores; empty unless asked for."""
 
 
 def kept_out_fold(config: RunConfig, fold: int | None) -> int | None:
@@ -46,6 +49,44 @@ def kept_out_fold(config: RunConfig, fold: int | None) -> int | None:
     return trained if fold is None else fold
 
 
+def open_for(bundle: Bundle, url: str, version: int | None, fold: int | None, split: str) -> Dataset:
+    """The dataset as the model's training saw it: its test fold, and its validation clips apart. Raises MicaclError.
+
+    Who was held out is decided by the index, so another version may hold out others: `val` of it would be clips that
+    the model was trained on.
+    """
+    train = bundle.config.train
+    dataset = open_dataset(
+        url, version, kept_out_fold(bundle.config, fold), val_share=train.val_share, val_seed=train.val_seed
+    )
+    if split != "val" or has_split(dataset, "val"):
+        return dataset
+    trained = bundle.origin["dataset"]
+    if not train.val_share:
+        raise MicaclError(
+            f"{url} has no split val, and {bundle.url} was trained without --train.val-share.",
+            "There are no clips that were kept for validation.",
+            "Train with --train.val-share 0.1, or choose another split.",
+        )
+    if trained.get("sha256") != dataset.sha256:
+        raise MicaclError(
+            f"The validation clips of {bundle.url} are of version {trained.get('version')}, this is version "
+            f"{dataset.number} of {url}.",
+            "Others would be held out of it, some of which the model was trained on.",
+            f"Give --version {trained.get('version')} of {trained.get('url')}.",
+        )
+    return dataset
+
+
+def train_clips(bundle: Bundle, dataset: Dataset) -> dict[str, int] | None:
+    """Clips of each class that the model was trained on; None of another dataset version than it was trained on."""
+    train, trained = bundle.config.train, bundle.origin["dataset"]
+    if trained.get("sha256") != dataset.sha256 or trained.get("fold") != dataset.fold:
+        return None
+    counts = split_rows(with_where(dataset, train.where), train.split).runs.class_counts(len(dataset.labels))
+    return dict(zip(dataset.labels, counts.tolist(), strict=True))
+
+
 @dataclass(frozen=True, slots=True)
 class Classified:
     """One clip as the model sees it."""
@@ -56,26 +97,38 @@ class Classified:
     p_K: NDArray[np.float32]
     weights_N: NDArray[np.float32]
     """WIAN's share of each instance."""
+    bag_D: NDArray[np.float32]
+    """Features of the bag."""
 
 
-def classify_rank(bundle: Bundle, rows: SplitRows, rank: int = 0, ranks: int = 1) -> Iterator[Classified]:
-    """This rank's share of the rows; the shares of all ranks are disjoint and together whole. Raises MicaclError."""
+def classify_rank(
+    bundle: Bundle, rows: SplitRows, rank: int = 0, ranks: int = 1, *, temperature: float | None = None
+) -> Iterator[Classified]:
+    """This rank's share of the rows; the shares of all ranks are disjoint and together whole. Raises MicaclError.
+
+    `temperature`: of the probabilities; None is the bundle's.
+    """
     require_labels(rows.dataset, bundle.config)
     model, device = bundle.build(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
-    stream = bundle.config.stream
+    stream, by = bundle.config.stream, bundle.temperature if temperature is None else temperature
     for batch in EvalLoader(rows, stream, clips_per_batch=_CLIPS_PER_FORWARD, rank=rank, ranks=ranks):
-        p_BK, weights_BN = forward(model, collate(batch, bundle.config.batch, train=False), device)
+        output = output_of(model, collate(batch, bundle.config.batch, train=False), device)
+        p_BK = (output.logits_BK.float() / by).softmax(-1).cpu().numpy()
+        weights_BN, bag_BD = (x.float().cpu().numpy() for x in (output.weights_BN, output.bag_BD))
         for i in np.flatnonzero(batch.mask_B):
-            yield Classified(batch.keys[i], int(batch.labels_B[i]), p_BK[i], weights_BN[i])
+            yield Classified(batch.keys[i], int(batch.labels_B[i]), p_BK[i], weights_BN[i], bag_BD[i])
 
 
-def score_rank(bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1) -> Iterator[Scored]:
-    """`classify_rank` of a split whose bags all have labels. Raises MicaclError."""
+def score_rank(
+    bundle: Bundle, dataset: Dataset, split: str, rank: int = 0, ranks: int = 1, *, embeddings: bool = False
+) -> Iterator[Scored]:
+    """`classify_rank` of a split whose bags all have labels, at temperature 1. Raises MicaclError."""
     rows = split_rows(dataset, split)
     rows.require_labelled()
-    for one in classify_rank(bundle, rows, rank, ranks):
-        yield Scored(one.key, one.label, int(one.p_K.argmax()), tuple(float(p) for p in one.p_K))
+    for one in classify_rank(bundle, rows, rank, ranks, temperature=1.0):
+        features = tuple(one.bag_D.tolist()) if embeddings else ()
+        yield Scored(one.key, one.label, int(one.p_K.argmax()), tuple(float(p) for p in one.p_K), features)
 
 
 def gather_scores(scored: list[Scored], labels: tuple[str, ...], expected_clips: int) -> tuple[Scores, Confusion]:
@@ -90,6 +143,22 @@ def gather_scores(scored: list[Scored], labels: tuple[str, ...], expected_clips:
             "Run the evaluation again; if it stays, `micacl verify URL`.",
         )
     return confusion.scores(), confusion
+
+
+def predictions_of(scored: list[Scored], dataset: Dataset, split: str) -> Predictions:
+    """The table of a split, in the order of the keys."""
+    rows = dataset.split(split)
+    subject_of = dict(zip(rows["key"].to_pylist(), rows["subject"].to_pylist(), strict=True))
+    ordered = sorted(scored, key=lambda one: one.key)
+    p_NK = np.array([one.probabilities for one in ordered], np.float64)
+    return Predictions(
+        labels=dataset.labels,
+        keys=tuple(one.key for one in ordered),
+        subjects=tuple(subject_of[one.key] for one in ordered),
+        truth_N=np.array([one.truth for one in ordered], np.int64),
+        predicted_N=np.array([one.predicted for one in ordered], np.int64),
+        p_NK=p_NK / p_NK.sum(1, keepdims=True),
+    )
 
 
 def confusion_png(scores: Scores, title: str) -> bytes:

@@ -7,17 +7,18 @@ The bags pass through the codec exactly as training's did, so that a model meets
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from micacl.batch import Batch, collate, to_input
 from micacl.bundle import Bundle
-from micacl.model.micacl import MICACL
+from micacl.model.micacl import Output
 from pipeline.bags import Bag, video_to_bags
 from pipeline.contract import Video
 from pipeline.loader import batch_of_bags
@@ -73,7 +74,7 @@ class Predictor:
         for start in range(0, len(bags), _CLIPS_PER_FORWARD):
             part = bags[start : start + _CLIPS_PER_FORWARD]
             batch = collate(batch_of_bags(part, self.bundle.config.stream), self.bundle.config.batch, train=False)
-            probabilities, weights = forward(self.model, batch, self.device)
+            probabilities, weights = forward(self.model, batch, self.device, self.bundle.temperature)
             out += [self._face(bag, p, w) for bag, p, w in zip(part, probabilities, weights, strict=True)]
         return out
 
@@ -95,8 +96,15 @@ class Predictor:
 
 
 @torch.inference_mode()
-def forward(model: MICACL, batch: Batch, device: torch.device) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def output_of(model: Callable[[Tensor], Output], batch: Batch, device: torch.device) -> Output:
+    """All that the model says about one batch."""
+    return model(to_input(batch, device))
+
+
+def forward(
+    model: Callable[[Tensor], Output], batch: Batch, device: torch.device, temperature: float = 1.0
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """(probabilities_BK, instance weights_BN) of one batch, on the CPU."""
-    output = model(to_input(batch, device))
-    probabilities_BK = output.logits_BK.float().softmax(-1).cpu().numpy()
+    output = output_of(model, batch, device)
+    probabilities_BK = (output.logits_BK.float() / temperature).softmax(-1).cpu().numpy()
     return probabilities_BK, output.weights_BN.float().cpu().numpy()

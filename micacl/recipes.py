@@ -157,12 +157,17 @@ def _mccl_with(policy: str, **loss: Any) -> Change:
     return change
 
 
+def everything(config: RunConfig) -> RunConfig:
+    """All parts, as the recipe has them."""
+    return config
+
+
 PARTS: dict[str, Change] = {
     "baseline": baseline,
     "geiim": _with_part("geiim"),
     "wian": _with_part("wian"),
     "mccl": _with_part("mccl"),
-    "all": lambda config: config,
+    "all": everything,
 }
 LONG_TAIL: dict[str, Change] = {
     "cross-entropy": _long_tail("natural"),
@@ -191,6 +196,21 @@ def recipe(name: str) -> RunConfig:
     for change in changes:
         config = _known(change, CHANGES, "change of a recipe")(config)
     return config
+
+
+def about(name: str) -> str:
+    """What a recipe is, for its help: its docstring and those of its changes. Raises MicaclError."""
+    base, *changes = name.split("+")
+    parts = [_known(base, RECIPES, "recipe"), *(_known(change, CHANGES, "change of a recipe") for change in changes)]
+    return "\n\n".join(part.__doc__ or "" for part in parts)
+
+
+def listing() -> str:
+    """All names, for the help of a verb."""
+    return (
+        f"recipes: {', '.join(RECIPES)}\nchanges, as in {next(iter(RECIPES))}+baseline: {', '.join(CHANGES)}\n"
+        f"sets of changes, for crossval: {', '.join(SETS)}"
+    )
 
 
 def expand(names: str) -> list[str]:

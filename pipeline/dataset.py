@@ -94,6 +94,9 @@ class Dataset:
     """The fold that is seen as `test`, if one was chosen."""
     where: str = ""
     """The bags that were chosen; all by default."""
+    val_share: float = 0.0
+    """Of the clips of `train`, seen as `val` (pipeline/holdout.py); a dataset with a `val` of its own keeps it."""
+    val_seed: int = 0
 
     @cached_property
     def index(self) -> pa.Table:
@@ -108,6 +111,10 @@ class Dataset:
         index = (pa.concat_tables(tables) if tables else INDEX_SCHEMA.empty_table()).combine_chunks()
         if self.fold is not None:
             index = _fold_as_split(index, self.fold)
+        if self.val_share:
+            from pipeline.holdout import with_validation  # numpy's part; opening a dataset needs none of it
+
+            index = with_validation(index, self.val_share, self.val_seed)
         if self.where:
             from pipeline.where import parse_where  # it knows the index's columns from here
 
@@ -125,8 +132,9 @@ class Dataset:
     @property
     def identity(self) -> str:
         """What the rows are of: the version's sha256, and what was chosen of it."""
-        chosen = [*([f"fold {self.fold}"] if self.fold is not None else []), *([self.where] if self.where else [])]
-        return ", ".join([self.sha256, *chosen])
+        fold = [f"fold {self.fold}"] if self.fold is not None else []
+        held = [f"val {self.val_share:g} seed {self.val_seed}"] if self.val_share else []
+        return ", ".join([self.sha256, *fold, *held, *([self.where] if self.where else [])])
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -195,18 +203,26 @@ def read_version(store: Store, number: int | None = None) -> tuple[int, dict[str
     return number, body, digest(data)
 
 
-def open_dataset(url: str, version: int | None = None, fold: int | None = None, where: str = "") -> Dataset:
+def open_dataset(
+    url: str,
+    version: int | None = None,
+    fold: int | None = None,
+    where: str = "",
+    val_share: float = 0.0,
+    val_seed: int = 0,
+) -> Dataset:
     """Open a dataset for reading. Index files are read, hash-checked, when they are asked for. Raises MicaclError.
 
     Args:
         fold: for datasets in folds (DFEW, MAFW): bags of this fold are seen as split `test`, all others as `train`.
         where: only bags of which this holds, e.g. `face_px >= 48` (pipeline/where.py).
+        val_share: of the clips of `train`, seen as split `val`; which, is decided before `where` is asked.
     """
     store = open_store(url)
     number, body, sha256 = read_version(store, version)
     if fold is not None:
         _require_fold(body, fold, store.root)
-    return Dataset(store, number, body, sha256, fold=fold, where=where)
+    return Dataset(store, number, body, sha256, fold=fold, where=where, val_share=val_share, val_seed=val_seed)
 
 
 def _require_fold(body: Mapping[str, Any], fold: int, where: str) -> None:

@@ -56,6 +56,7 @@ class Decoders:
         """`whole_S`: which shards are read whole, of storage far away."""
         dataset, self._far = rows.dataset, whole_S is not None
         of = {"url": dataset.store.root, "version": dataset.number, "fold": dataset.fold, "where": dataset.where}
+        of |= {"val_share": dataset.val_share, "val_seed": dataset.val_seed}
         setup = {
             "dataset": of,
             "sha256": dataset.sha256,

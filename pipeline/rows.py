@@ -138,13 +138,16 @@ class SplitRows:
 def split_rows(dataset: Dataset, split: str) -> SplitRows:
     """The rows of one split. Raises MicaclError if there are none."""
     _require_entries(dataset)
-    entries: list[Mapping[str, Any]] = [e for e in dataset.body["shards"] if _seen_split(e, dataset.fold) == split]
-    if dataset.where or dataset.loaded is not None:
+    seen = [_seen_split(e, dataset.fold) for e in dataset.body["shards"]]
+    held_out = dataset.val_share > 0 and "val" not in seen and split in ("train", "val")
+    source = "train" if held_out else split
+    entries: list[Mapping[str, Any]] = [e for e, s in zip(dataset.body["shards"], seen, strict=True) if s == source]
+    if dataset.where or dataset.loaded is not None or held_out:
         rows = _of_table(dataset, entries, dataset.split(split))
     elif entries:
         rows = SplitRows(dataset, entries, np.array([e["bags"] for e in entries], np.int64), None)
     else:
-        raise dataset.no_split(split, [_seen_split(e, dataset.fold) for e in dataset.body["shards"]])
+        raise dataset.no_split(split, seen)
     rows.split = None if dataset.loaded is not None else split
     return rows
 

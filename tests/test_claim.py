@@ -141,3 +141,14 @@ def test_a_run_was_trained_on_what_its_ancestors_were_trained_on(dataset: str, o
     third = claimed(str(tmp_path / "third"))["dataset"]
     assert [one["url"] for one in third["before"]] == [dataset, other]
     assert dataclasses.asdict(config)["plan"]["global_batch"] == 8
+
+
+def test_a_run_that_has_seen_the_test_or_validation_clips_is_no_beginning(
+    dataset: str, old: str, tmp_path: Path
+) -> None:
+    for name, train in (("fold", {"fold": 2}), ("val_share", {"val_share": 0.2})):
+        with pytest.raises(MicaclError, match=rf"train.{name} .* has seen clips that this run would be tested"):
+            claim(str(tmp_path / name), config_of(**train), said_of(dataset), old)
+    elsewhere = {**said_of(dataset), "url": "elsewhere", "sha256": "0" * 64}
+    claim(str(tmp_path / "elsewhere"), config_of(fold=2), elsewhere, old)  # no clip of another data set was seen
+    claim(str(tmp_path / "seed"), config_of(val_seed=3), said_of(dataset), old)  # without a share it decides nothing

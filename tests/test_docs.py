@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.cli import VERBS
-from micacl.recipes import RECIPES
+from micacl.recipes import RECIPES, expand
 from pipeline.cli import VERBS as PIPELINE_VERBS
 from pipeline.cli import run
 from pipeline.contract import DFEW_LABELS
@@ -40,10 +40,10 @@ def test_commands_parse(page: str, command: str, capsys: pytest.CaptureFixture[s
     verb, *rest = words[3:] if words[0] == "python" else words[1:]
     assert verb in verbs, f"{page}: {command}"
     flags = [word for word in rest if word.startswith("--")]
-    of_recipe = verb in ("train", "model")
-    if of_recipe and "RECIPE" not in rest:
-        assert rest[0] in RECIPES
-    recipe = [rest[0] if rest[0] in RECIPES else "tiny-cpu"] if of_recipe else []
+    named = rest[0] if verb in ("train", "model", "crossval") else ""
+    if named and not named.startswith("RECIPE"):
+        assert expand(named), f"{page}: {command}"
+    recipe = [named if named and not named.startswith("RECIPE") else "tiny-cpu"] if named else []
     assert run(verbs, "micacl", [verb, *recipe, "--help"]) == 0
     shown = capsys.readouterr().out
     for flag in flags:

@@ -5,13 +5,20 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from micacl.bundle import BUNDLE, load_bundle, load_model
-from micacl.evaluate import Scored, confusion_png, gather_scores, kept_out_fold, score_rank
+from micacl.batch import collate
+from micacl.bundle import BUNDLE, export_bundle, load_bundle, load_model
+from micacl.calibration import at_temperature
+from micacl.evaluate import Scored, classify_rank, confusion_png, gather_scores, kept_out_fold, open_for, score_rank
+from micacl.predictions import embeddings_parquet, read_embeddings
+from micacl.predictor import forward
 from micacl.recipes import RECIPES
 from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
+from pipeline.rows import split_rows
 from pipeline.storage import open_store
 from tests.test_engines import LABELS, STEPS, train_rank
 from tests.tiny_dataset import make_dataset
@@ -76,8 +83,6 @@ def test_a_missing_split_is_named(run: str, tmp_path: Path) -> None:
 
 
 def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
-    from micacl.bundle import export_bundle
-
     made = export_bundle(run, str(tmp_path / "bundle"))
     assert made.labels == LABELS
     assert load_bundle(str(tmp_path / "bundle")).id == made.id
@@ -102,6 +107,42 @@ def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
         load_bundle(str(tmp_path / "bundle"))
     with pytest.raises(MicaclError, match=r"has no bundle\.json"):
         load_bundle(str(tmp_path / "nothing"))
+
+
+def test_a_temperature_scales_predictions_and_not_scores(run: str, tmp_path: Path) -> None:
+    url = make_dataset(tmp_path / "ds", {"train": dict.fromkeys(LABELS, 1), "test": dict.fromkeys(LABELS, 2)}, seed=1)
+    plain = export_bundle(run, str(tmp_path / "plain"))
+    warm = export_bundle(run, str(tmp_path / "warm"), temperature=3.0)
+    assert (plain.temperature, warm.temperature) == (1.0, 3.0)
+    rows = split_rows(open_dataset(url), "test")
+    one, other = ([c.p_K for c in classify_rank(bundle, rows)] for bundle in (plain, warm))
+    np.testing.assert_allclose(at_temperature(np.stack(one).astype(float), 3.0), np.stack(other), atol=1e-6)
+    scored = [list(score_rank(bundle, open_dataset(url), "test")) for bundle in (plain, warm)]
+    assert scored[0] == scored[1]
+    bags = list(open_dataset(url).eval_loader("test", stream=warm.config.stream, clips_per_batch=6))
+    batch = collate(bags[0], warm.config.batch, train=False)
+    p_BK, _ = forward(warm.build(), batch, torch.device("cpu"), warm.temperature)
+    np.testing.assert_allclose(p_BK, np.stack(other), atol=1e-6)
+
+
+def test_features_come_only_if_asked_for(run: str, tmp_path: Path) -> None:
+    url = make_dataset(tmp_path, {"train": dict.fromkeys(LABELS, 1), "test": dict.fromkeys(LABELS, 1)}, seed=1)
+    bundle, dataset = load_model(run), open_dataset(url)
+    with_them = list(score_rank(bundle, dataset, "test", embeddings=True))
+    assert {len(one.features) for one in with_them} == {bundle.config.model.backbone.features}
+    assert {one.features for one in score_rank(bundle, dataset, "test")} == {()}
+    features_ND = np.array([one.features for one in with_them], np.float32)
+    store = open_store(str(tmp_path / "out"))
+    store.put("embeddings.parquet", embeddings_parquet([one.key for one in with_them], features_ND))
+    keys, back_ND = read_embeddings(store) or ([], np.empty(0))
+    assert keys == sorted(one.key for one in with_them)
+    assert {tuple(row) for row in back_ND.tolist()} == {tuple(row) for row in features_ND.tolist()}
+
+
+def test_validation_is_not_made_up_for_a_run_without_it(run: str, tmp_path: Path) -> None:
+    url = make_dataset(tmp_path, {"train": dict.fromkeys(LABELS, 2), "test": dict.fromkeys(LABELS, 1)}, seed=1)
+    with pytest.raises(MicaclError, match=r"no split val, and .* was trained without --train.val-share"):
+        open_for(load_model(run), url, None, None, "val")
 
 
 def test_a_model_is_scored_on_the_fold_that_it_has_not_seen() -> None:

@@ -10,7 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from micacl.metrics import Confusion, Counts, f1_by_class, recall_by_class, score, uar, war
+from micacl.metrics import (
+    Confusion,
+    Counts,
+    f1_by_class,
+    group_recalls,
+    long_tail_groups,
+    recall_by_class,
+    score,
+    uar,
+    war,
+)
 from pipeline.contract import MicaclError
 
 CLASSES = ("happy", "sad", "fear")
@@ -26,6 +36,7 @@ def test_by_hand() -> None:
     assert scores.recall == pytest.approx({"happy": 0.75, "sad": 0.5, "fear": 0.5})
     assert scores.uar == pytest.approx((0.75 + 0.5 + 0.5) / 3)
     assert scores.macro_f1 == pytest.approx((6 / 10 + 4 / 7 + 2 / 3) / 3)
+    assert scores.f1 == pytest.approx({"happy": 6 / 10, "sad": 4 / 7, "fear": 2 / 3})
     assert scores.absent == ()
 
 
@@ -51,6 +62,26 @@ def test_a_class_absent_from_the_truth_is_left_out_and_named() -> None:
     assert scores.uar == pytest.approx((0.75 + 0.5) / 2)
     assert scores.macro_f1 == pytest.approx((6 / 7 + 4 / 6) / 2)
     assert scores.to_text() == "WAR 62.50  UAR 62.50  macro F1 76.19  (8 clips, none of fear: left out)"
+
+
+def test_head_mid_and_tail_are_relative_to_the_largest_class() -> None:
+    """DFEW's fold 1 and FERV39k, training clips."""
+    dfew = dict(
+        zip(
+            ("happy", "sad", "neutral", "angry", "surprise", "disgust", "fear"),
+            (1956, 1515, 2135, 1738, 1175, 116, 721),
+            strict=True,
+        )
+    )
+    ferv = dict(zip(dfew, (5854, 5523, 7790, 5906, 2502, 1833, 1680), strict=True))
+    assert long_tail_groups(dfew) == {
+        "head": ["happy", "sad", "neutral", "angry", "surprise"], "mid": ["fear"], "tail": ["disgust"],
+    }  # fmt: skip
+    assert {name: len(words) for name, words in long_tail_groups(ferv).items()} == {"head": 4, "mid": 1, "tail": 2}
+    assert long_tail_groups({"a": 8, "b": 4, "c": 2, "d": 0}) == {"head": ["a", "b"], "mid": [], "tail": ["c"]}
+    assert long_tail_groups({}) == {"head": [], "mid": [], "tail": []}
+    recalls = group_recalls({"a": 0.5, "b": 1.0, "c": None}, {"head": ["a", "b"], "mid": [], "tail": ["c"]})
+    assert recalls == {"head": 0.75, "mid": None, "tail": None}
 
 
 def test_to_dict_goes_through_json() -> None:

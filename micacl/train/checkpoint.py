@@ -46,7 +46,7 @@ class Checkpoint:
     weights: Mapping[str, Tensor]
     moments: Mapping[str, Tensor]
     state: Mapping[str, Any]
-    """`config`, `plan` (PlanState), `dataset` (url, version, sha256), `class_counts`."""
+    """`config`, `plan` (PlanState), `dataset` (url, version, sha256), `class_counts`, and the `best` so far."""
     objective: Mapping[str, Tensor] = field(default_factory=dict)
     """Of `Objective.export_state`; often empty."""
 
@@ -140,9 +140,11 @@ def _checked(store: Store, key: str, listed: Mapping[str, Any]) -> bytes:
     return data
 
 
-def drop_old(store: Store, keep: int) -> None:
-    """Delete all but the newest `keep` complete checkpoints; COMPLETE goes first, so none is ever half there."""
+def drop_old(store: Store, keep: int, best: int | None = None) -> None:
+    """Delete all complete checkpoints but the newest `keep` and the best; COMPLETE goes first: none is half there."""
     for step in complete_steps(store)[:-keep]:
+        if step == best:
+            continue
         at = folder(step)
         store.delete(f"{at}/{_COMPLETE}")
         for entry in list(store.list(f"{at}/")):

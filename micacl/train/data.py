@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from micacl.batch import Batch, collate
 from micacl.config import RunConfig
 from pipeline.contract import MicaclError
-from pipeline.dataset import Dataset
+from pipeline.dataset import Dataset, open_dataset
 from pipeline.loader import ClipBatch, Loader
 from pipeline.plan import EpochPlan, PlanState, class_weights, require_same_plan
 from pipeline.rows import SplitRows, split_rows
@@ -24,6 +24,13 @@ class TrainData:
     dataset: Dataset
     rows: SplitRows
     config: RunConfig
+    val: SplitRows | None = None
+    """Validation: held out of `train`, or the dataset's own `val`. All of it, whatever --train.where says."""
+
+    @property
+    def val_steps(self) -> int:
+        """Steps between validations."""
+        return self.steps_per_epoch * self.config.train.val_every
 
     @property
     def class_counts(self) -> tuple[int, ...]:
@@ -90,9 +97,42 @@ class TrainData:
 def train_data(dataset: Dataset, config: RunConfig) -> TrainData:
     """Raises MicaclError if the split is missing, its labels are not the model's, or a class has no clip."""
     require_labels(dataset, config)
-    data = TrainData(dataset, split_rows(dataset, config.train.split), config)
+    data = TrainData(dataset, split_rows(dataset, config.train.split), config, _validation(dataset, config))
     _ = data.class_counts
     return data
+
+
+def open_training(url: str, version: int | None, config: RunConfig) -> TrainData:
+    """The dataset as a config sees it: its test fold, its filter, its validation clips. Raises MicaclError."""
+    train = config.train
+    return train_data(open_dataset(url, version, train.fold, train.where, train.val_share, train.val_seed), config)
+
+
+def _validation(dataset: Dataset, config: RunConfig) -> SplitRows | None:
+    """The rows of `val`, if training is to look at them. Raises MicaclError if one has no label."""
+    train, own = config.train, has_split(dataset, "val")
+    if not train.val_every or train.split == "val" or not (own or train.val_share):
+        return None
+    rows = split_rows(with_where(dataset, ""), "val")
+    try:
+        rows.require_labelled()
+    except MicaclError as error:
+        raise MicaclError(
+            f"{error.cause}, in split val.",
+            "It cannot be validated on.",
+            "Leave validation out with --train.val-every 0.",
+        ) from error
+    return rows
+
+
+def with_where(dataset: Dataset, where: str) -> Dataset:
+    """The same version, fold and validation clips under another filter."""
+    return dataset if dataset.where == where else replace(dataset, where=where)
+
+
+def has_split(dataset: Dataset, split: str) -> bool:
+    """Whether the version itself has bags of it: read from the version file alone."""
+    return any(shard["split"] == split for shard in dataset.body["shards"])
 
 
 def require_labels(dataset: Dataset, config: RunConfig) -> None:

@@ -1,8 +1,14 @@
-"""metrics.jsonl: one line a log. Objects cannot be appended to, so the file is put whole with each checkpoint."""
+"""metrics.jsonl: one line a log and one a validation, put whole with each checkpoint: objects cannot be appended to.
+
+{"step", "epoch", "lr", "clips_per_s", "wait_share", "loss/total", "loss/..."}      means over the ranks of one step
+{"step", "epoch", "val/uar", "val/war", "val/loss", "val/clips"}                    over all validation clips
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from typing import Any
 
 from micacl.train.hooks import StepRecord
 from pipeline.contract import canonical_json
@@ -32,7 +38,17 @@ class JsonLines:
             "wait_share": round(record.wait_share, 4),
             **{f"loss/{name}": value for name, value in record.losses.items()},
         }
+        self.add(fields)
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        """One line."""
         self.lines.append(canonical_json(fields))
 
     def flush(self) -> None:
         self.store.put(METRICS, "".join(f"{line}\n" for line in self.lines).encode())
+
+
+def read_metrics(store: Store) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(lines of logs, lines of validations), in the order of their steps."""
+    lines = [json.loads(line) for line in store.get(METRICS).decode().splitlines()]
+    return [x for x in lines if "loss/total" in x], [x for x in lines if "val/uar" in x]
