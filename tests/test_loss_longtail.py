@@ -84,10 +84,10 @@ def test_deferred_weights_keep_the_size_of_the_loss() -> None:
 
 @pytest.mark.parametrize("name", ["ce", "ldam"])
 def test_deferred_weights_begin_at_their_epoch(name: str) -> None:
-    """drw_from 0.7 of 10 epochs is epoch 7, although 0.7 * 10 is a little more than 7 in floating point."""
-    config, counts = LossConfig(name=name, drw_from=0.7, label_smoothing=0.0), [90.0, 1.0, 40.0]
+    """drw_from 0.28 of 25 epochs is epoch 7, although 0.28 * 25 is a little more than 7 in floating point."""
+    config, counts = LossConfig(name=name, drw_from=0.28, label_smoothing=0.0), [90.0, 1.0, 40.0]
     plain = loss_of(replace(config, drw_from=1.0), counts)
-    at = [loss_of(config, counts, Progress(step=epoch, steps=10, epoch=epoch, epochs=10)) for epoch in range(10)]
+    at = [loss_of(config, counts, Progress(epoch=epoch, epochs=25)) for epoch in range(10)]
     assert [torch.equal(loss, plain) for loss in at] == [True] * 7 + [False] * 3
     assert torch.equal(at[7], at[9])
     if name == "ce":

@@ -30,7 +30,7 @@ class Progress:
 
     def reached(self, share: float) -> bool:
         """Whether this epoch begins at or after `share` of the run's epochs."""
-        return self.epoch >= share * self.epochs - 1e-9  # 0.7 * 10 is a little more than 7
+        return self.epoch >= share * self.epochs - 1e-9  # 0.28 * 25 is a little more than 7
 
 
 def scheduled(weight: float, progress: Progress, *, ramp_share: float, schedule: str) -> float:
