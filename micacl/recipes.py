@@ -28,6 +28,9 @@ from pipeline.stream import StreamConfig
 
 Change = Callable[[RunConfig], RunConfig]
 
+_COSINE_SCALE = 30.0
+"""Of LDAM's cosine head; its margin of 0.5 is in cosines, the loss takes it in logits."""
+
 
 def tiny_cpu() -> RunConfig:
     """R3D-18's shape with 16 channels at 48 px: a minute on two cores. For the demo and the tests (docs/lab.md)."""
@@ -134,8 +137,8 @@ def _long_tail(policy: str, **loss: Any) -> Change:
 
 def ldam_drw(config: RunConfig) -> RunConfig:
     """LDAM on a cosine head, clips weighted by class over the last fifth of the epochs (Cao et al., NeurIPS 2019)."""
-    config = _long_tail("natural", name="ldam", ldam_scale=30.0, drw_from=0.8)(config)
-    return replace(config, model=replace(config.model, head="cosine", cosine_scale=1.0))
+    config = _long_tail("natural", name="ldam", ldam_margin=0.5 * _COSINE_SCALE, drw_from=0.8)(config)
+    return replace(config, model=replace(config.model, head="cosine", cosine_scale=_COSINE_SCALE))
 
 
 def crt(config: RunConfig) -> RunConfig:

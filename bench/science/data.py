@@ -1,7 +1,7 @@
 """Data of the science: the synthetic sets, drawn, prepared and committed once, and kept.
 
     python bench/science/data.py dynamics OUT      eight classes that differ in dynamics alone, level
-    python bench/science/data.py tail OUT          the same with an 18:1 tail
+    python bench/science/data.py tail OUT          the demo's seven expressions, more of them, with its tail of 18:1
 
 Both go through the whole house: raw videos, `micacl prepare` with the face detector, one committed version.
 """
@@ -11,42 +11,53 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-from pipeline.contract import CropConfig
-from pipeline.dataset import open_dataset
+from cluster.cli import VERBS
+from pipeline.cli import run
+from pipeline.contract import DFEW_LABELS
+from pipeline.demo import DemoConfig, write_raw_bucket
 from pipeline.demo_dynamics import DYNAMICS_LABELS, DynamicsConfig, write_dynamics_bucket
-from pipeline.storage import open_store
+from pipeline.storage import Store, open_store
 
-SETS = {
-    "dynamics": DynamicsConfig(seed=7, train_clips=(100,) * 8, test_clips=40),
-    "tail": DynamicsConfig(seed=8, train_clips=(270, 180, 120, 80, 50, 35, 22, 15), test_clips=40),
+DYNAMICS = DynamicsConfig(seed=7, train_clips=(250,) * 8, test_clips=40, train_subjects=40, test_subjects=12)
+TAIL = DemoConfig(
+    seed=11,
+    train_clips=(90, 30, 54, 40, 20, 5, 10),
+    test_clips=24,
+    train_subjects=15,
+    test_subjects=8,
+    unlabelled_clips=1,
+    side=160,
+)
+PREPARE = {
+    "dynamics": ["--labels", *DYNAMICS_LABELS, "--crop.size", "64", "--crop.frames-per-instance", "8"],
+    "tail": ["--labels", *DFEW_LABELS, "--crop.size", "64"],
 }
-CROP = CropConfig(size=64, frames_per_instance=8)
 
 
-def draw(name: str, out: Path) -> str:
-    """Write the raw bucket and its labels. Returns the URL of the table."""
-    raw = open_store(str(out / "raw"))
-    if not raw.exists("labels.csv"):
-        print(json.dumps(write_dynamics_bucket(raw, SETS[name])), flush=True)
-    return str(out / "raw" / "labels.csv")
+def draw(name: str, raw: Store) -> dict[str, Any]:
+    if name == "tail":
+        return write_raw_bucket(raw, TAIL)
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        return write_dynamics_bucket(raw, DYNAMICS, partial(pool.map, chunksize=16))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name", choices=sorted(SETS))
+    parser.add_argument("name", choices=sorted(PREPARE))
     parser.add_argument("out", type=Path)
     args = parser.parse_args()
     out = args.out.resolve()
-    table = draw(args.name, out)
-    crop = ["--crop.size", str(CROP.size), "--crop.frames-per-instance", str(CROP.frames_per_instance)]
-    from cluster.cli import VERBS
-    from pipeline.cli import run
-
-    code = run(VERBS, "micacl", ["prepare", table, str(out / "dataset"), "--labels", *DYNAMICS_LABELS, *crop])
-    print(open_dataset(str(out / "dataset")).number)
-    sys.exit(code)
+    raw = open_store(str(out / "raw"))
+    if not raw.exists("labels.csv"):
+        print(json.dumps(draw(args.name, raw)), flush=True)
+    table, dataset = str(out / "raw" / "labels.csv"), str(out / "dataset")
+    sys.exit(run(VERBS, "micacl", ["prepare", table, dataset, *PREPARE[args.name]]))
 
 
 if __name__ == "__main__":
