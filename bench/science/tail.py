@@ -24,13 +24,12 @@ from grid import run_all
 from micacl.batch import BatchConfig
 from micacl.config import RunConfig
 from micacl.loss.config import LossConfig
+from micacl.metrics import long_tail_groups
 from micacl.model.geiim import GEIIMConfig
 from micacl.model.wian import WIANConfig
 from micacl.recipes import CHANGES, LONG_TAIL
 from pipeline.contract import DFEW_LABELS
 
-GROUPS = {"head": ("happy", "neutral"), "mid": ("angry", "sad", "surprise"), "tail": ("fear", "disgust")}
-"""Classes by training clips: 90 and 54; 40, 30 and 20; 10 and 5."""
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """Student's t for a 95 % interval, by seeds."""
 PRICE = "oversampling"
@@ -77,18 +76,13 @@ def experiments(which: str, epochs: int) -> list[Experiment]:
     return [Experiment(name=name, config=CHANGES[name](config), posthoc=name == "cross-entropy") for name in LONG_TAIL]
 
 
-def groups(matrix: list[list[int]]) -> dict[str, float]:
-    """UAR, WAR, and the mean recall of head, mid and tail classes."""
-    counts_KK = np.array(matrix)
+def numbers(result: dict[str, Any], matrix: list[list[int]]) -> dict[str, float]:
+    """UAR; WAR of a test split with the tail of training; mean recall of head, mid and tail classes."""
+    counts_KK, clips_K = np.array(matrix), np.array(result["train_clips"])
     recall_K = np.diagonal(counts_KK) / counts_KK.sum(1)
-    parts = {name: recall_K[[DFEW_LABELS.index(word) for word in words]] for name, words in GROUPS.items()}
-    return {"UAR": float(recall_K.mean()), **{name: float(part.mean()) for name, part in parts.items()}}
-
-
-def natural_war(matrix: list[list[int]], train_clips: tuple[int, ...]) -> float:
-    """WAR of a test split that is as long-tailed as the training split: recalls weighted by its shares."""
-    counts_KK, share_K = np.array(matrix), np.array(train_clips) / sum(train_clips)
-    return float((np.diagonal(counts_KK) / counts_KK.sum(1) * share_K).sum())
+    parts = long_tail_groups(dict(zip(DFEW_LABELS, result["train_clips"], strict=True)))
+    means = {name: float(recall_K[[DFEW_LABELS.index(word) for word in words]].mean()) for name, words in parts.items()}
+    return {"UAR": float(recall_K.mean()), "WAR": float((recall_K * clips_K).sum() / clips_K.sum()), **means}
 
 
 def interval(values: list[float]) -> str:
@@ -100,17 +94,15 @@ def interval(values: list[float]) -> str:
     return f"{mean:.1f} ± {half:.1f}"
 
 
-def table(rows: dict[str, list[dict[str, Any]]], train_clips: tuple[int, ...], price: str) -> str:
-    """`rows`: by method the results of its seeds, in one order of seeds."""
+def table(rows: dict[str, list[dict[str, float]]], price: str) -> str:
+    """`rows`: by method the numbers of its seeds, in one order of seeds."""
     lines = [
-        "| method | UAR | WAR, long-tailed | head | mid | tail | UAR, less " + price + " |",
+        f"| method | UAR | WAR, long-tailed | head | mid | tail | UAR, less {price} |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    uar_of = {name: [groups(r["matrix"])["UAR"] for r in results] for name, results in rows.items()}
-    for name, results in rows.items():
-        found = [{**groups(r["matrix"]), "WAR": natural_war(r["matrix"], train_clips)} for r in results]
+    for name, found in rows.items():
         cells = [interval([f[k] for f in found]) for k in ("UAR", "WAR", "head", "mid", "tail")]
-        paired = [a - b for a, b in zip(uar_of[name], uar_of.get(price, uar_of[name]), strict=True)]
+        paired = [a["UAR"] - b["UAR"] for a, b in zip(found, rows[price], strict=True)]
         lines.append(f"| {name} | {' | '.join(cells)} | {interval(paired)} |")
     return "\n".join(lines)
 
@@ -127,13 +119,12 @@ def main() -> None:
     args = parser.parse_args()
     chosen = [e for e in experiments(args.which, args.epochs) if args.only in e.name or e.name == PRICE]
     results = run_all(chosen, args.dataset, range(args.seeds), args.out, args.processes)
-    rows: dict[str, list[dict[str, Any]]] = {}
+    rows: dict[str, list[dict[str, float]]] = {}
     for result in results:
-        rows.setdefault(result["name"], []).append(result)
+        rows.setdefault(result["name"], []).append(numbers(result, result["matrix"]))
         for name, matrix in result.get("posthoc", {}).items():
-            rows.setdefault(f"{result['name']}, {name}", []).append({**result, "matrix": matrix})
-    train_clips = tuple(results[0]["train_clips"])
-    print(table(rows, train_clips, PRICE if PRICE in rows else next(iter(rows))))
+            rows.setdefault(f"{result['name']}, {name}", []).append(numbers(result, matrix))
+    print(table(rows, PRICE if PRICE in rows else next(iter(rows))))
     sys.stdout.flush()
 
 
