@@ -62,6 +62,8 @@ class DemoConfig:
     """Fewest and most frames of a clip, at 25 per second."""
     side: int = 240
     """Of the square frame, pixels; even, as yuv420p asks."""
+    ambiguity: float = 0.0
+    """Most share of another expression that is mixed into a clip."""
 
     def __post_init__(self) -> None:
         counts = (*self.train_clips, self.test_clips, self.train_subjects, self.test_subjects)
@@ -77,6 +79,10 @@ class DemoConfig:
                 f"The demo's clips were to have {self.frames[0]} to {self.frames[1]} frames.",
                 "Nothing was written.",
                 "Give at least 8 frames, and the smaller number first.",
+            )
+        if not 0 <= self.ambiguity <= 1:
+            raise MicaclError(
+                f"The demo's ambiguity was to be {self.ambiguity}.", "Nothing was written.", "Give 0 to 1."
             )
         if self.side % 2 or self.side < 128:
             raise MicaclError(
@@ -164,7 +170,7 @@ def draw_clip(clip: Clip, looks: Mapping[str, Subject], config: DemoConfig) -> b
     """One clip as MP4."""
     rng = random_stream(config, clip.path)
     frames = int(rng.integers(config.frames[0], config.frames[1] + 1))
-    frames_THW3 = render_clip(looks[clip.subject], clip.label, frames, config.side, rng)
+    frames_THW3 = render_clip(looks[clip.subject], clip.label, frames, config.side, rng, config.ambiguity)
     if clip.path == TWO_FACES:
         beside_THW3 = render_clip(looks["u01"], clip.label, frames, config.side, rng)
         frames_THW3 = np.concatenate([frames_THW3, beside_THW3], axis=2)

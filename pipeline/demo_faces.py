@@ -123,10 +123,16 @@ def make_subject(rng: np.random.Generator) -> Subject:
     return Subject(portrait_HW3=portrait_HW3, shape_HW2=shape_HW2, light=float(tone_3.mean()), mirrored=swapped)
 
 
-def render_clip(subject: Subject, label: str, frames: int, side: int, rng: np.random.Generator) -> Bytes:
-    """Draw one clip that starts at rest: (T, side, side, 3) RGB. Raises MicaclError for an unknown label."""
+def render_clip(
+    subject: Subject, label: str, frames: int, side: int, rng: np.random.Generator, ambiguity: float = 0.0
+) -> Bytes:
+    """Draw one clip that starts at rest: (T, side, side, 3) RGB. Raises MicaclError for an unknown label.
+
+    `ambiguity`: most share of another expression that is mixed in; above 0.5 some clips look more like that one.
+    """
     require_label(label, DFEW_LABELS, "a demo clip")
-    weights_TU, open_T = expression_course(label, frames, rng)
+    apex = mixed_expression(label, ambiguity, rng) if ambiguity else EXPRESSIONS[label]
+    weights_TU, open_T = expression_course(apex, frames, rng)
     return render_course(subject, weights_TU, unit_fields(), open_T, side, rng)
 
 
@@ -148,9 +154,16 @@ def render_course(
     return out_THW3
 
 
-def expression_course(label: str, frames: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
+def mixed_expression(label: str, ambiguity: float, rng: np.random.Generator) -> dict[str, float]:
+    """An apex between this expression and another one, drawn at random."""
+    others = [word for word in DFEW_LABELS if word != label]
+    own, other = EXPRESSIONS[label], EXPRESSIONS[others[rng.integers(len(others))]]
+    share = rng.uniform(0, ambiguity)
+    return {unit: (1 - share) * own.get(unit, 0.0) + share * other.get(unit, 0.0) for unit in sorted({*own, *other})}
+
+
+def expression_course(apex: Mapping[str, float], frames: int, rng: np.random.Generator) -> tuple[Floats, Floats]:
     """Weights of the units (T, U) and mouth opening in pixels (T,): rest, onset, apex, often an offset; and a blink."""
-    apex = EXPRESSIONS[label]
     strength = rng.uniform(0.9, 1.15)
     onset, rise = rng.uniform(0.08, 0.25), rng.uniform(0.15, 0.35)
     fade, fall = rng.uniform(0.7, 0.95), rng.uniform(0.15, 0.3)

@@ -20,7 +20,7 @@ import pytest
 from pipeline import demo_faces
 from pipeline.contract import DFEW_LABELS, MicaclError, digest
 from pipeline.demo import BROKEN, DemoConfig, draw_clip, plan_clips, random_stream, subject_names, write_raw_bucket
-from pipeline.demo_faces import Bytes, make_subject, render_clip
+from pipeline.demo_faces import EXPRESSIONS, Bytes, make_subject, mixed_expression, render_clip
 
 SMALL = DemoConfig(
     train_clips=(2, 1, 1, 1, 1, 1, 1),
@@ -260,3 +260,19 @@ def test_missing_portrait_says_what_to_install(monkeypatch: pytest.MonkeyPatch, 
 def test_impossible_configs_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(MicaclError, match="Nothing was written"):
         DemoConfig(**wrong)
+
+
+def test_an_ambiguous_clip_is_between_two_expressions() -> None:
+    own, drawn = EXPRESSIONS["happy"], [mixed_expression("happy", 0.7, np.random.default_rng(i)) for i in range(200)]
+    shares = np.array([1 - apex["corner_up"] / own["corner_up"] for apex in drawn])
+    assert 0 <= shares.min() < 0.05
+    assert 0.65 < shares.max() <= 0.7
+    assert {unit for apex in drawn for unit in apex} == {unit for apex in EXPRESSIONS.values() for unit in apex}
+    subject = make_subject(np.random.default_rng(1))
+    plain, same, other = (
+        render_clip(subject, "happy", 12, 160, np.random.default_rng(2), share) for share in (0.0, 0.0, 0.7)
+    )
+    assert np.array_equal(plain, same)
+    assert not np.array_equal(plain, other)
+    with pytest.raises(MicaclError, match="ambiguity"):
+        DemoConfig(ambiguity=1.5)
