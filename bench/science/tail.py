@@ -33,7 +33,7 @@ from pipeline.contract import DFEW_LABELS
 T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 8: 2.365, 10: 2.262}
 """Student's t for a 95 % interval, by seeds."""
 PRICE = "oversampling"
-SIDE = 40
+SIDE = 32
 
 
 def full(epochs: int) -> RunConfig:
@@ -112,7 +112,7 @@ def main() -> None:
     parser.add_argument("dataset")
     parser.add_argument("out", type=Path)
     parser.add_argument("--which", choices=("methods", "variants"), default="methods")
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="methods whose name contains this; oversampling always")
