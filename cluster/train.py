@@ -245,6 +245,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     engine = _engine(model, config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
     start, kept = _resume(engine, data, job["run"])
+    torch.manual_seed((config.train.seed << 40) + (start << 16) + rank)  # dropout: other numbers on every rank
     objective = Objective(config.loss, data.seen_counts, engine.model)
     objective.import_state(kept)
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")

@@ -81,6 +81,16 @@ def test_the_share_is_met_as_near_as_subjects_allow() -> None:
     assert len(seeds) == 4
 
 
+def test_a_subject_that_is_too_large_stays_and_smaller_ones_go() -> None:
+    """Whoever comes first: one person has half of the clips, a tenth is wanted."""
+    rows = [("train", "happy", "large")] * 50 + [("train", "happy", f"s{i}") for i in range(50)]
+    for seed in range(8):
+        after = with_validation(index_of(rows), 0.1, seed)
+        held = [s for s, x in zip(after["subject"].to_pylist(), after["split"].to_pylist(), strict=True) if x == "val"]
+        assert len(held) == 10
+        assert "large" not in held
+
+
 def test_a_class_of_one_subject_stays_in_train() -> None:
     rows = [("train", "happy", f"s{i}") for i in range(10)] + [("train", "fear", "s3")] * 4
     after = with_validation(index_of(rows), 0.5, 0)

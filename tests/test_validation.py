@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from micacl.bundle import load_model, run_state
 from micacl.config import RunConfig
@@ -188,6 +189,21 @@ def test_the_best_stays_while_newer_ones_come_and_go(url: str, tmp_path: Path) -
     go_on(range(5, 9), best_of_checkpoint(store, 4))
     assert (seen[6], seen[7], seen[8]) == ([2, 6], [7], [7, 8])
     assert step_of(store, "best") == 7
+
+
+def test_the_model_is_in_evaluation_mode_meanwhile_and_trains_afterwards(url: str) -> None:
+    """With dropout and a batch norm, whose statistics would move."""
+    config = with_validation()
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.5))
+    data, engine = open_training(url, None, config), make_engine("plain", config, 1)
+    before = {name: buffer.clone() for name, buffer in engine.model.named_buffers()}
+    generator = torch.random.get_rng_state()
+    assert data.val is not None
+    one, two = (validate(engine, data.val, config.stream, config.batch, 1) for _ in range(2))
+    assert one == two
+    assert engine.model.training
+    assert all(torch.equal(buffer, before[name]) for name, buffer in engine.model.named_buffers())
+    assert torch.equal(torch.random.get_rng_state(), generator)
 
 
 def validated(step: int, uar: float, loss: float = 1.0) -> Validated:
