@@ -18,12 +18,13 @@ import argparse
 import datetime as dt
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from demo_steps import commit, machine
-from train_step_runs import PeakMemory, Rung, Work, best_s, input_ms, ladder, make_step, peak_flops, step_flops
+from train_step_runs import PeakMemory, Rung, Work, in_turns, input_ms, ladder, make_step, peak_flops, ratio, step_flops
 
 from micacl.loss.objective import LossConfig
 from micacl.train.precision import ComputeConfig
@@ -74,19 +75,38 @@ def where(device: torch.device) -> str:
 
 def show_ladder(work: Work, without: list[str], repeats: int, limit_s: float, ideal_s: float) -> list[dict[str, Any]]:
     """`ideal_s`: of a step at the device's peak."""
-    unit = "clips/s" if work.device.type == "cuda" else "clips a CPU second"
-    print(f"| setting | {unit} | of the first | MFU | peak memory, MiB |\n| --- | ---: | ---: | ---: | ---: |")
+    gpu = work.device.type == "cuda"
+    unit = "clips/s" if gpu else "clips a CPU second"
+    print(f"| setting | {unit} | of the first | MFU | memory, MiB |\n| --- | ---: | ---: | ---: | ---: |")
     found: list[dict[str, Any]] = []
-    for rung in ladder(cumulative=work.device.type == "cuda"):
+    first: dict[str, Callable[[], object]] = {}
+    for rung in ladder(cumulative=gpu):
         name = f"+ {rung.name}" if found else rung.name
         if why := why_not(rung, work.device, without):
             print(f"| {name} | {why} | | | |", flush=True)
             continue
-        one = run_rung(work, rung, repeats, limit_s)
-        found.append({"name": rung.name, "mfu": ideal_s / one["step_s"], **one})
-        rate, first = found[-1]["clips_per_s"], found[0]["clips_per_s"]
-        print(f"| {name} | {rate:.4g} | {rate / first:.2f} | {found[-1]['mfu']:.1%} | {one['mib']:.0f} |", flush=True)
+        step, mib = first_step(work, rung)
+        seconds = in_turns(work.device, {**first, "step": step}, repeats, limit_s)
+        step_s = min(seconds["step"])
+        gain = ratio(seconds["first"], seconds["step"]) if first else found[0]["step_s"] / step_s if found else 1.0
+        found.append({"name": rung.name, "step_s": step_s, "gain": gain, "mfu": ideal_s / step_s, "mib": mib})
+        memory = f"{mib:.0f}" if gpu or not first else ""  # a process on a CPU takes freed memory again
+        print(f"| {name} | {work.clips / step_s:.4g} | {gain:.2f} | {ideal_s / step_s:.1%} | {memory} |", flush=True)
+        if not gpu and not first:  # a CPU has the memory to keep it, and needs it: its speed is not the same for long
+            first = {"first": step}
+        del step
     return found
+
+
+def first_step(work: Work, rung: Rung) -> tuple[Callable[[], object], float]:
+    """A rung's step, done once, and the memory that it took."""
+    as_m3dfel = rung.compute == ComputeConfig() and rung.feed == "float"
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = as_m3dfel, not as_m3dfel
+    torch.compiler.reset()
+    memory = PeakMemory(work.device)
+    step = make_step(work, rung, work.model, LossConfig())
+    step()
+    return step, memory.mib
 
 
 def why_not(rung: Rung, device: torch.device, without: list[str]) -> str:
@@ -101,36 +121,22 @@ def why_not(rung: Rung, device: torch.device, without: list[str]) -> str:
     return NO_GPU if rung.gpu_only else ""
 
 
-def run_rung(work: Work, rung: Rung, repeats: int, limit_s: float) -> dict[str, float]:
-    as_m3dfel = rung.compute == ComputeConfig() and rung.feed == "float"
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = as_m3dfel, not as_m3dfel
-    torch.compiler.reset()
-    memory = PeakMemory(work.device)
-    step_s = best_s(work.device, make_step(work, rung, work.model, LossConfig()), repeats, limit_s)
-    return {"step_s": step_s, "clips_per_s": work.clips / step_s, "mib": memory.mib}
-
-
-def show_heads(work: Work, repeats: int, limit_s: float) -> dict[str, float]:
+def show_heads(work: Work, repeats: int, limit_s: float) -> dict[str, Any]:
     """Best setting on a GPU, float32 on a CPU."""
     rung = ladder(cumulative=True)[5] if work.device.type == "cuda" else ladder(cumulative=False)[0]
     ways = {"with": (work.model, LossConfig()), "without": (work.plain_model, LossConfig(mccl=False))}
-    seconds = {}
-    for tail in (False, True):
-        for name, (model, loss) in ways.items():
-            step = make_step(work, rung, model, loss, tail=tail)
-            seconds[name, tail] = best_s(work.device, step, 20 if tail else repeats, limit_s)
-            del step
-    step_s = seconds["with", False]
-    whole, tail_share = (
-        1 - seconds["without", False] / step_s,
-        (seconds["with", True] - seconds["without", True]) / step_s,
-    )
     print("\n| GEIIM, WIAN, projections and MCCL | with, ms | without, ms | share of the step |")
     print("| --- | ---: | ---: | ---: |")
-    for name, tail, share in (("the whole step", False, whole), ("all behind the backbone, alone", True, tail_share)):
-        a, b = (seconds[way, tail] * 1e3 for way in ("with", "without"))
-        print(f"| {name} | {a:.4g} | {b:.4g} | {share:.1%} |")
-    return {"step_s": step_s, "share_of_steps": whole, "share_alone": tail_share}
+    step_s = 0.0
+    shares = {}
+    for name, tail in (("the whole step", False), ("all behind the backbone, alone", True)):
+        steps = {way: make_step(work, rung, model, loss, tail=tail) for way, (model, loss) in ways.items()}
+        seconds = in_turns(work.device, steps, 20 if tail else repeats, limit_s)
+        a, b = (min(seconds[way]) for way in ("with", "without"))
+        step_s = step_s or a
+        shares[name] = (a - b) / step_s if tail else 1 - ratio(seconds["without"], seconds["with"])
+        print(f"| {name} | {a * 1e3:.4g} | {b * 1e3:.4g} | {shares[name]:.1%} |")
+    return {"step_s": step_s, "shares": shares}
 
 
 def show_input(work: Work, repeats: int, step_s: float) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """What bench/train_step.py measures: whole steps, the part of MICACL in them, the model's input, the machine's peak.
 
 On a GPU a second is a second between synchronisations. On a CPU it is a second of the process's CPU time, because other
-work shares the cores: clips/s are then those of a core that is ours alone.
+work shares the cores: clips/s are then those of a core that is ours alone. What is compared runs in turns, so that what
+else the machine does hits all alike; a ratio is the median over the turns.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 from train_step_before import collate_before
 
-from micacl.augment import draw_augmentation
+from micacl.augment import draw_augmentations
 from micacl.batch import Batch, BatchConfig, to_input
 from micacl.loss.objective import LossConfig, Objective
 from micacl.model.backbone import BackboneConfig
@@ -106,16 +107,26 @@ def now_s(device: torch.device) -> float:
     return time.process_time()
 
 
-def best_s(device: torch.device, run: Callable[[], object], repeats: int, limit_s: float) -> float:
-    """Seconds of the fastest of some runs after one that does not count; fewer once `limit_s` seconds are spent."""
-    start_s, found = time.perf_counter(), []
+def in_turns(
+    device: torch.device, runs: Mapping[str, Callable[[], object]], repeats: int, limit_s: float
+) -> dict[str, list[float]]:
+    """Seconds of each run by name, after a round that does not count; fewer than `repeats` rounds after `limit_s`."""
+    found: dict[str, list[float]] = {name: [] for name in runs}
     for i in range(repeats + 1):
-        before_s = now_s(device)
-        run()
-        found.append(now_s(device) - before_s)
-        if i and time.perf_counter() - start_s > limit_s:
+        if i == 1:
+            start_s = time.perf_counter()
+        elif i > 1 and time.perf_counter() - start_s > limit_s:
             break
-    return min(found[1:])
+        for name, run in runs.items():
+            before_s = now_s(device)
+            run()
+            found[name].append(now_s(device) - before_s)
+    return {name: seconds[1:] for name, seconds in found.items()}
+
+
+def ratio(above: Sequence[float], below: Sequence[float]) -> float:
+    """Median of one turn's seconds over the other's."""
+    return float(np.median(np.array(above) / np.array(below)))
 
 
 def feed_of(work: Work, kind: str) -> Callable[[], Tensor]:
@@ -126,7 +137,7 @@ def feed_of(work: Work, kind: str) -> Callable[[], Tensor]:
 
     def batch() -> Batch:
         keys[:, 1] += 1
-        draws = tuple(draw_augmentation(key, config, shape) for key in keys) if kind == "augment" else None
+        draws = draw_augmentations(keys, config, shape) if kind == "augment" else None
         return Batch(frames, work.labels_B, ("",) * work.clips, draws, config)
 
     if kind == "float":
@@ -185,12 +196,12 @@ def peak_flops(device: torch.device, size: int = 1536) -> tuple[float, str]:
         found = [tflops for part, tflops in GPU_TFLOPS.items() if part in name]
         return (found[0] * 1e12, f"{name}, bf16 dense, data sheet") if found else (float("nan"), f"{name} is not known")
     a, b = torch.randn(size, size), torch.randn(size, size)
-    seconds = best_s(device, lambda: a @ b, 6, 10)
-    return 2 * size**3 / seconds, f"fp32 product of {size} x {size}, measured"
+    seconds = in_turns(device, {"": lambda: a @ b}, 6, 10)[""]
+    return 2 * size**3 / min(seconds), f"fp32 product of {size} x {size}, measured"
 
 
 class PeakMemory:
-    """MiB that were used at most since it was made: of a GPU by torch, else of the process."""
+    """MiB used at most since it was made, beyond those in use then: of a GPU by torch, else of the process."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -200,13 +211,17 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
         else:
             Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+        self.before = self._peak()
 
-    @property
-    def mib(self) -> float:
+    def _peak(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
         status = Path("/proc/self/status").read_text()
         return int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+    @property
+    def mib(self) -> float:
+        return self._peak() - self.before
 
 
 def input_ms(work: Work, repeats: int) -> dict[str, float]:
@@ -218,7 +233,7 @@ def input_ms(work: Work, repeats: int) -> dict[str, float]:
         shape = (work.frame_side, work.frame_side)
 
         def run() -> Tensor:
-            draws = tuple(draw_augmentation(key, config, shape) for key in keys) if augment else None
+            draws = draw_augmentations(keys, config, shape) if augment else None
             return to_input(Batch(frames, work.labels_B, ("",) * work.clips, draws, config), work.device)
 
         return run
@@ -230,8 +245,5 @@ def input_ms(work: Work, repeats: int) -> dict[str, float]:
         "the same, as before": lambda: collate_before(frames, keys, config).to(work.device),
         "augmentation, M3DFEL's": make(dataclasses.replace(M3DFEL, side=work.side), augment=True),
     }
-    found = {name: float("inf") for name in ways}
-    for _ in range(repeats):  # in turns: what else the machine does hits all alike
-        for name, run in ways.items():
-            found[name] = min(found[name], best_s(work.device, run, 1, 60))
-    return {name: seconds / work.clips * 1e3 for name, seconds in found.items()}
+    found = in_turns(work.device, ways, repeats, 60)
+    return {name: min(seconds) / work.clips * 1e3 for name, seconds in found.items()}

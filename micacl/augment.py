@@ -1,6 +1,6 @@
 """Augmentation of clips: drawn from the plan's key in numpy, applied to a whole batch in torch where the frames are.
 
-    rng key ──draw_augmentation──> AugmentParams of a clip ──┐
+    rng key ──draw_augmentations──> AugmentParams of a clip ─┐
     uint8 frames of B clips, on the CPU or a GPU ────────────┴──apply──> float clips in [0, 1], side x side
 
 A draw is a function of (key, config) and of nothing else: not of the rank, the batch, or what was drawn before. All
@@ -42,6 +42,9 @@ GREY = (0.299, 0.587, 0.114)
 LEAST_ERASED = 0.02
 _ATTEMPTS = 10
 """To draw a box that fits, as torchvision's transforms try."""
+_NUMBERS = 6 + 2 * 4 * _ATTEMPTS
+"""Of a key's stream that a clip uses: six of its own fields, and boxes to crop and to erase."""
+_STREAM = np.array([0, 0x9E3779B97F4A7C15], np.uint64)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -104,51 +107,79 @@ class AugmentParams:
 
 def draw_augmentation(rng_key: NDArray[np.uint64], config: AugmentConfig, shape: tuple[int, int]) -> AugmentParams:
     """What the clip of this place in the plan gets. `rng_key` is (2,), of the plan; `shape` the frames' (H, W)."""
-    rng = np.random.Generator(np.random.Philox(key=augment_key(rng_key)))
-    box = _draw_crop(rng, config, shape)
-    flip = bool(rng.random() < config.flip)
-    contrast, brightness = 1 + config.jitter * rng.uniform(-1, 1, size=2)
+    return draw_augmentations(rng_key[None], config, shape)[0]
+
+
+def draw_augmentations(
+    rng_keys_B2: NDArray[np.uint64], config: AugmentConfig, shape: tuple[int, int]
+) -> tuple[AugmentParams, ...]:
+    """The same of each key: the numbers of np.random.Philox(key=augment_key(key)).
+
+    One generator is set to key after key: to make a new one takes several times as long as all the rest.
+    """
+    philox = np.random.Philox(0)
+    rng = np.random.Generator(philox)
+    zeros = np.zeros(4, np.uint64)
+    out = []
+    for key in augment_key(rng_keys_B2):
+        philox.state = {
+            "bit_generator": "Philox",
+            "state": {"counter": zeros, "key": key},
+            "buffer": zeros,
+            "buffer_pos": 4,
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        out.append(_params(rng.random(_NUMBERS).tolist(), config, shape))
+    return tuple(out)
+
+
+def _params(numbers: list[float], config: AugmentConfig, shape: tuple[int, int]) -> AugmentParams:
+    """Each field has its own numbers, so a field that is off does not change the others."""
+    flip, brightness, contrast, saturation, hue, erase, *boxes = numbers
     return AugmentParams(
-        box=box,
-        flip=flip,
-        brightness=float(brightness),
-        contrast=float(contrast),
-        saturation=1 + config.saturation * rng.uniform(-1, 1),
-        hue=config.hue * rng.uniform(-1, 1),
-        erased=_draw_erased(rng, config),
+        box=_draw_crop(boxes[: 4 * _ATTEMPTS], config, shape),
+        flip=flip < config.flip,
+        brightness=1 + config.jitter * (2 * brightness - 1),
+        contrast=1 + config.jitter * (2 * contrast - 1),
+        saturation=1 + config.saturation * (2 * saturation - 1),
+        hue=config.hue * (2 * hue - 1),
+        erased=_draw_erased(boxes[4 * _ATTEMPTS :], config) if erase < config.erase else (0.0, 0.0, 0.0, 0.0),
     )
 
 
 def augment_key(rng_key: NDArray[np.uint64]) -> NDArray[np.uint64]:
     """Another stream of bits than the frame picks', of the same place in the plan."""
-    return rng_key ^ np.array([0, 0x9E3779B97F4A7C15], np.uint64)
+    return rng_key ^ _STREAM
 
 
-def _draw_crop(rng: np.random.Generator, config: AugmentConfig, shape: tuple[int, int]) -> tuple[int, int, int, int]:
-    """Area uniform, ratio log-uniform, place uniform; the whole frame if no box fits, which only a ratio can cause."""
+def _draw_crop(drawn: list[float], config: AugmentConfig, shape: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Top, left, height, width in pixels, the place uniform among whole pixels."""
     height, width = shape
-    most = math.log(config.crop_ratio)
-    for _ in range(_ATTEMPTS):
-        side = math.sqrt(rng.uniform(config.crop_share, 1.0))
-        stretch = math.exp(rng.uniform(-most, most) / 2) if most else 1.0
-        h, w = max(1, round(height * side / stretch)), max(1, round(width * side * stretch))
-        if h <= height and w <= width:
-            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
-    return 0, 0, height, width
+    box_h, box_w, down, right = _draw_box(drawn, config.crop_share, 1, 1 / config.crop_ratio, config.crop_ratio)
+    h, w = max(1, round(height * box_h)), max(1, round(width * box_w))
+    return int(down * (height - h + 1)), int(right * (width - w + 1)), h, w
 
 
-def _draw_erased(rng: np.random.Generator, config: AugmentConfig) -> tuple[float, float, float, float]:
-    """Area uniform, ratio log-uniform from 0.3 to 3.3, place uniform, inside the frame."""
-    if rng.random() >= config.erase:
-        return 0.0, 0.0, 0.0, 0.0
-    for _ in range(_ATTEMPTS):
-        side = math.sqrt(rng.uniform(LEAST_ERASED, config.erase_share))
-        stretch = math.exp(rng.uniform(math.log(0.3), math.log(3.3)) / 2)
-        h, w = side / stretch, side * stretch
-        if h <= 1 and w <= 1:
-            top, left = rng.uniform(0, 1 - h), rng.uniform(0, 1 - w)
-            return top, left, top + h, left + w
-    return 0.0, 0.0, 0.0, 0.0
+def _draw_erased(drawn: list[float], config: AugmentConfig) -> tuple[float, float, float, float]:
+    """Top, left, bottom, right as shares; width over height from 0.3 to 3.3."""
+    h, w, down, right = _draw_box(drawn, LEAST_ERASED, config.erase_share, 0.3, 3.3)
+    top, left = down * (1 - h), right * (1 - w)
+    return top, left, top + h, left + w
+
+
+def _draw_box(
+    drawn: list[float], least: float, most: float, narrow: float, wide: float
+) -> tuple[float, float, float, float]:
+    """(height, width, place down, place right), all shares: area uniform, width over height log-uniform.
+
+    The first of the drawn boxes that fits; else everything, which only a ratio can cause.
+    """
+    for area, ratio, down, right in zip(*[iter(drawn)] * 4, strict=True):
+        side, stretch = math.sqrt(least + (most - least) * area), math.sqrt(narrow * (wide / narrow) ** ratio)
+        if side * stretch <= 1 and side / stretch <= 1:
+            return side / stretch, side * stretch, down, right
+    return 1.0, 1.0, 0.0, 0.0
 
 
 def apply(

