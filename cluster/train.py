@@ -245,13 +245,13 @@ def _train_rank(job: dict[str, Any]) -> None:
     engine = _engine(model, config, scaling, config.plan.global_batch // ranks)
     store = open_store(job["run"])
     start, kept = _resume(engine, data, job["run"])
-    torch.manual_seed((config.train.seed << 40) + (start << 16) + rank)  # dropout: other numbers on every rank
     objective = Objective(config.loss, data.seen_counts, engine.model)
     objective.import_state(kept)
     say(f"{parameter_count(engine.model)} parameters, {ranks} workers, step {start} of {data.steps}")
     metrics = JsonLines(store, start) if rank == 0 else None
     before = {k: v for k, v in claimed(job["run"])["dataset"].items() if k == "before"}
     validation = _validation(engine, data, job["run"], start, metrics, say)
+    torch.manual_seed(((config.train.seed << 40) + (start << 16) + rank) % 2**63)  # dropout: other numbers on every rank
 
     def state_at(step: int) -> dict[str, Any]:
         seen = {"url": job["dataset"], **_version(data), **before}
