@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import dataclasses
 import itertools
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -209,6 +210,14 @@ def test_draws_have_the_distributions_that_the_page_says() -> None:
     share = (erased[:, 2] - erased[:, 0]) * (erased[:, 3] - erased[:, 1])
     assert (erased.min() >= 0, erased.max() <= 1) == (True, True)
     assert (share.min(), share.max()) == pytest.approx((0.02, 0.33), abs=0.005)
+
+
+def test_every_place_of_a_crop_is_used() -> None:
+    config = dataclasses.replace(STRONG, crop_share=0.25, crop_ratio=1)
+    boxes = [draw_augmentation(key, config, (3, 3)).box for key in keys_of(900)]
+    places = Counter((top, left) for top, left, height, width in boxes if (height, width) == (2, 2))
+    assert set(places) == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    assert max(places.values()) < 1.5 * min(places.values())
 
 
 def test_augment_off_is_evaluation_in_training(dataset: str) -> None:

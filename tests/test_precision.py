@@ -126,9 +126,10 @@ def test_channels_last_keeps_numbers_and_is_what_the_backbone_sees() -> None:
     assert laid_out.flatten(0, 1).is_contiguous(memory_format=torch.channels_last_3d)
     engine = PlainEngine(build_model(model_config(), seed=0), OPTIM, compute=ComputeConfig(channels_last=True))
     seen = []
+    engine.model.backbone.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     engine.model.backbone.layer4.register_forward_hook(lambda *call: seen.append(call[2]))
     engine.forward(torch.randn(2, 2, 3, 4, 32, 32))
-    assert seen[0].is_contiguous(memory_format=torch.channels_last_3d)
+    assert [x.is_contiguous(memory_format=torch.channels_last_3d) for x in seen] == [True, True]
 
 
 def test_sound_convolutions_pass() -> None:
