@@ -18,7 +18,8 @@ import tyro
 
 from cluster.evaluate import score, write_evaluation
 from cluster.progress import relay
-from cluster.train import ScalingConfig, check_run, train
+from cluster.scaling import ScalingConfig
+from cluster.train import check_run, train
 from micacl.bundle import load_model
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.crossval import WHICH, Job, Outcome, claim, claimed, is_done, jobs_of, numbers_of, outcome_of, seeds_of

@@ -86,7 +86,8 @@ def test_a_table_without_paths_or_with_a_bad_split(said: Callable[..., str], tmp
 
 
 def test_a_run_of_another_configuration(said: Callable[..., str], tmp_path: Path) -> None:
-    from cluster.train import ScalingConfig, check_run
+    from cluster.scaling import ScalingConfig
+    from cluster.train import check_run
     from micacl.recipes import tiny_cpu
     from pipeline.contract import DFEW_LABELS
 

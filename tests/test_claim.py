@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cluster.claim import claim, claimed
-from cluster.train import _begin
+from cluster.rank import _begin
 from micacl.bundle import run_state
 from micacl.config import RunConfig, TrainConfig
 from micacl.model.backbone import BackboneConfig

@@ -15,7 +15,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cluster.train import ScalingConfig, check_run, train
+from cluster.scaling import ScalingConfig
+from cluster.train import check_run, train
 from micacl.config import RunConfig
 from micacl.model import Backbone, BackboneConfig, VideoMAEConfig, build_backbone, build_model
 from micacl.model.weights import begin_with_weights, check_encoder_weights, load_encoder_weights, read_tensors

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cluster.train import ScalingConfig
+from cluster.scaling import ScalingConfig
 from micacl.loss.objective import LossConfig, Objective
 from micacl.model.backbone import BackboneConfig
 from micacl.model.micacl import ModelConfig, build_model

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.train import ScalingConfig, _require_cpus
+from cluster.scaling import ScalingConfig, require_cpus
 from pipeline import PlanConfig, StreamConfig, open_dataset
 from pipeline.contract import DFEW_LABELS, MicaclError
 from pipeline.loader import Loader
@@ -59,10 +59,10 @@ def test_more_decoders_than_cpus_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("ray")
 def test_workers_and_decoders_that_do_not_fit_are_refused() -> None:
-    _require_cpus(ScalingConfig(workers=2))
-    _require_cpus(ScalingConfig(workers=1, decoders=1))
+    require_cpus(ScalingConfig(workers=2))
+    require_cpus(ScalingConfig(workers=1, decoders=1))
     with pytest.raises(MicaclError, match=r"2 workers with 1 CPUs and 1 decoders each want 4 CPUs.*has 2"):
-        _require_cpus(ScalingConfig(workers=2, decoders=1))
+        require_cpus(ScalingConfig(workers=2, decoders=1))
 
 
 def test_training_with_decoders(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from micacl.batch import collate, to_input
 from micacl.config import RunConfig, from_dict, to_dict
-from micacl.loss.objective import Objective
+from micacl.loss.objective import Objective, require_projections
 from micacl.loss.progress import Progress
 from micacl.model.micacl import build_model
 from micacl.recipes import CHANGES, LONG_TAIL, PARTS, RECIPES, SETS, expand, recipe
@@ -49,6 +49,7 @@ def clips(config: RunConfig) -> ClipBatch:
 def test_every_recipe_builds_and_takes_a_step(name: str) -> None:
     config = small(recipe(name))
     assert from_dict(RunConfig, to_dict(config)) == config
+    require_projections(config.loss, config.model)
     model = build_model(config.model, seed=0)
     before = {k: v.clone() for k, v in model.state_dict().items()}
     engine, objective = (
@@ -111,3 +112,14 @@ def test_unknown_names_are_refused_with_the_nearest(name: str, near: str) -> Non
     with pytest.raises(MicaclError) as caught:
         expand(name)
     assert near in str(caught.value.args)
+
+
+def test_a_scale_without_a_head_is_refused_before_anything_is_built() -> None:
+    config = recipe("tiny-cpu")
+    loss = dataclasses.replace(config.loss, scales=("bag", "frame"))
+    with pytest.raises(MicaclError, match="frame"):
+        require_projections(loss, config.model)
+    model = dataclasses.replace(config.model, projection_scales=("bag", "frame"))
+    require_projections(loss, model)
+    with pytest.raises(MicaclError, match="bag"):
+        require_projections(loss, dataclasses.replace(model, projection_dim=0))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cluster.deepspeed_engine import DeepSpeedConfig, DeepSpeedEngine
-from cluster.train import _head_step
+from cluster.rank import _head_step
 from micacl.batch import BatchConfig
 from micacl.bundle import run_state
 from micacl.config import RunConfig, TrainConfig

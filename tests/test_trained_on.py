@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from cluster.train import ScalingConfig, check_run
+from cluster.scaling import ScalingConfig
+from cluster.train import check_run
 from micacl.bundle import export_bundle, run_state
 from micacl.model.micacl import build_model
 from micacl.recipes import tiny_cpu

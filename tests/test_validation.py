@@ -47,7 +47,7 @@ def with_validation(share: float = 0.3, **train: Any) -> RunConfig:
 def train_rank(
     rank: int, ranks: int, kind: str, url: str, run: str, stop: int = STEPS, every: int = 1, hook: bool = True
 ) -> dict[str, Any]:
-    """Continue a run as cluster/train.py does; its losses and validations of now."""
+    """Continue a run as cluster/rank.py does; its losses and validations of now."""
     config, losses, store = with_validation(val_every=every), Losses(), open_store(run)
     data, start, best = open_training(url, None, config), 0, None
     engine = make_engine(kind, config, ranks)

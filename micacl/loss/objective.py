@@ -18,7 +18,7 @@ Shape suffixes: B bags, N instances, F frames, E embeddings a bag (1, N, or N * 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -32,7 +32,7 @@ from micacl.loss.mccl import IGNORED, More, mccl
 from micacl.loss.momentum import MomentumEncoder
 from micacl.loss.progress import Progress, scheduled
 from micacl.loss.queue import ClassQueue, in_plan_order
-from micacl.model.micacl import MICACL, Output
+from micacl.model.micacl import MICACL, ModelConfig, Output
 from pipeline.contract import MicaclError
 
 __all__ = ["SCALES", "LossConfig", "Losses", "Objective"]
@@ -213,13 +213,24 @@ class _Tables:
         )
 
 
-def _projection(scale: str, output: Output) -> Tensor:
-    if scale not in output.projections:
+def require_projections(loss: LossConfig, model: ModelConfig) -> None:
+    """Every scale of the contrastive loss has a projection head. Raises MicaclError; also before anything is built."""
+    heads = model.projection_scales if model.projection_dim else ()
+    for scale in loss.scales if loss.mccl else ():
+        _require_head(scale, heads)
+
+
+def _require_head(scale: str, heads: Collection[str]) -> None:
+    if scale not in heads:
         raise MicaclError(
             f"The model has no projection head for the scale {scale!r}.",
             "No contrastive loss was computed.",
             "Set model.projection-dim above 0 and name the scale in model.projection-scales, or switch loss.mccl off.",
         )
+
+
+def _projection(scale: str, output: Output) -> Tensor:
+    _require_head(scale, output.projections)
     return output.projections[scale]
 
 
