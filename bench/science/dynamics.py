@@ -81,7 +81,7 @@ def experiments() -> list[Experiment]:
 def factors(matrix: list[list[int]]) -> dict[str, float]:
     """Share of test clips right in each factor, whatever the others: chance is 0.5."""
     counts_KK, out = np.array(matrix), {}
-    for place, name in enumerate(("speed", "lead", "profile")):
+    for place, name in enumerate(("speed", "way", "profile")):
         words = [label.split("_")[place] for label in DYNAMICS_LABELS]
         same_KK = np.array([[a == b for b in words] for a in words])
         out[name] = float(counts_KK[same_KK].sum() / counts_KK.sum())
@@ -89,11 +89,11 @@ def factors(matrix: list[list[int]]) -> dict[str, float]:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = ["| instances | model | control | UAR, by seed | speed | lead | profile |", "|---|---|---|---|---|---|---|"]
+    lines = ["| instances | model | control | UAR, by seed | speed | way | profile |", "|---|---|---|---|---|---|---|"]
     for name, control in dict.fromkeys((r["name"], r["control"]) for r in results):
         cell = [r for r in results if (r["name"], r["control"]) == (name, control)]
         parts = [factors(r["matrix"]) for r in cell]
-        means = " | ".join(f"{np.mean([p[f] for p in parts]):.3f}" for f in ("speed", "lead", "profile"))
+        means = " | ".join(f"{np.mean([p[f] for p in parts]):.3f}" for f in ("speed", "way", "profile"))
         grouping, model = name.split(" ", 1)
         uars = ", ".join(f"{r['uar']:.3f}" for r in cell)
         lines.append(f"| {grouping} | {model} | {control} | {uars} | {means} |")

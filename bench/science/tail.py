@@ -24,7 +24,7 @@ from grid import run_all
 from micacl.batch import BatchConfig
 from micacl.config import RunConfig
 from micacl.loss.config import LossConfig
-from micacl.metrics import long_tail_groups
+from micacl.metrics import group_recalls, long_tail_groups
 from micacl.model.geiim import GEIIMConfig
 from micacl.model.wian import WIANConfig
 from micacl.recipes import CHANGES, LONG_TAIL
@@ -80,8 +80,9 @@ def numbers(result: dict[str, Any], matrix: list[list[int]]) -> dict[str, float]
     """UAR; WAR of a test split with the tail of training; mean recall of head, mid and tail classes."""
     counts_KK, clips_K = np.array(matrix), np.array(result["train_clips"])
     recall_K = np.diagonal(counts_KK) / counts_KK.sum(1)
-    parts = long_tail_groups(dict(zip(DFEW_LABELS, result["train_clips"], strict=True)))
-    means = {name: float(recall_K[[DFEW_LABELS.index(word) for word in words]].mean()) for name, words in parts.items()}
+    groups = long_tail_groups(dict(zip(DFEW_LABELS, result["train_clips"], strict=True)))
+    recall = dict(zip(DFEW_LABELS, recall_K.tolist(), strict=True))
+    means = {name: float("nan") if mean is None else mean for name, mean in group_recalls(recall, groups).items()}
     return {"UAR": float(recall_K.mean()), "WAR": float((recall_K * clips_K).sum() / clips_K.sum()), **means}
 
 
