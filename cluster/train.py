@@ -218,7 +218,7 @@ def _train_rank(job: dict[str, Any]) -> None:
     metrics = JsonLines(store, start) if rank == 0 else None
     before = {k: v for k, v in claimed(job["run"])["dataset"].items() if k == "before"}
     validation = _validation(engine, data, job["run"], start, metrics, say)
-    torch.manual_seed(((config.train.seed << 40) + (start << 16) + rank) % 2**63)  # dropout: other numbers on every rank
+    torch.manual_seed(((config.train.seed << 40) + (start << 16) + rank) % 2**63)  # dropout, apart by rank
 
     def state_at(step: int) -> dict[str, Any]:
         seen = {"url": job["dataset"], **_version(data), **before}
