@@ -57,7 +57,7 @@ class Work:
     def plain_model(self) -> ModelConfig:
         """The backbone, the mean of its instances, a linear layer."""
         return dataclasses.replace(
-            self.model, geiim=GEIIMConfig(enabled=False), wian=WIANConfig(enabled=False), projection_dim=0
+            self.model, geiim=GEIIMConfig(enabled=False), wian=WIANConfig(kind="mean"), projection_dim=0
         )
 
     @property
