@@ -127,5 +127,5 @@ def test_its_runs_are_compared_and_exported(done: dict[str, Any], place: Path) -
             temperature_of(first, STEPS, "auto")
     else:
         assert temperature_of(first, STEPS, "auto") == fitted
-    made = export_bundle(first, str(place / "bundle"), STEPS, temperature_of(first, STEPS, "2.5"))
+    made = export_bundle(first, str(place / "bundle"), STEPS, temperature=temperature_of(first, STEPS, "2.5"))
     assert made.temperature == 2.5
