@@ -4,6 +4,8 @@
   `os.environ` from the first use to the end of the session.
 * `media` is the folder of real clips, which the repository does not carry; tests that ask for it are skipped elsewhere.
 * `face_video(...)` draws a short clip with the demo's face; the same arguments give the same bytes, drawn once.
+
+Hypothesis has no deadline: no test is about how long it took.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 
@@ -24,6 +27,9 @@ from pipeline.demo_faces import Bytes, make_subject, render_clip
 from pipeline.object_store import ObjectStore, ObjectStoreConfig, find_weed
 
 _BUCKET = "tests"
+
+hypothesis.settings.register_profile("unhurried", deadline=None)
+hypothesis.settings.load_profile("unhurried")
 
 
 @pytest.fixture(scope="session")

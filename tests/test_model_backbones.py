@@ -68,8 +68,9 @@ def test_features_and_places_in_time(name: str, frames: int, stage: int) -> None
 
 @pytest.mark.parametrize("name", RESNETS)
 def test_group_norm_does_not_look_at_the_other_clips(name: str) -> None:
-    backbone = build_backbone(BackboneConfig(name=name, width=4, norm="group")).train()
-    clips = random_clips(3)[:, 0]
+    backbone = build_model(ModelConfig(backbone=BackboneConfig(name=name, width=4, norm="group")), seed=0).backbone
+    backbone.double().train()
+    clips = random_clips(3)[:, 0].double()
     torch.testing.assert_close(backbone(clips)[0][1:2], backbone(clips[1:2])[0])
     assert not any(isinstance(m, nn.BatchNorm3d) for m in backbone.modules())
 
