@@ -6,6 +6,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 DEMO_OUT ?= demo-out
 STAMP := $(VENV)/.installed
+# Two tests at a time, those of a file one after the other: much of a test is waiting for a process to start.
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist loadfile
 REQUIREMENTS := pyproject.toml constraints.txt requirements-demo.txt
 
 .PHONY: demo test test-quick check env clean help
@@ -20,14 +22,14 @@ demo: $(STAMP)
 	@$(BIN)/micacl demo --out "$(DEMO_OUT)"
 
 test: $(STAMP)
-	@$(BIN)/python -m pytest -q
+	@$(PYTEST)
 
 test-quick: $(STAMP)
-	@$(BIN)/python -m pytest -q -m "not slow"
+	@$(PYTEST) -m "not slow"
 
 check: $(STAMP)
 	@$(BIN)/pre-commit run --all-files --show-diff-on-failure
-	@$(BIN)/python -m pytest -q -m "not slow" --cov --cov-report=term:skip-covered
+	@$(PYTEST) -m "not slow" --cov --cov-report=term:skip-covered
 
 env: $(STAMP)
 

@@ -1,25 +1,24 @@
 """A raw bucket whose classes differ in dynamics alone: what a model without a sense of time cannot tell apart.
 
-A clip has two halves, in either order. In one the mouth wanders sideways and keeps as open as it is, in the other it
-opens and closes and keeps its place:
+A clip has two halves, in either order. In one the mouth goes sideways and keeps as open as it is, in the other it opens
+or closes and keeps its place:
 
-    place    from right to left and quickly back, or from left to right and quickly back; once or twice in the half
-    opening  opens fast and closes slowly, or opens slowly and closes fast
+    place    from left to right, or from right to left; at once back where it began; once or twice in the half
+    opening  from closed to open (onset), or from open to closed (offset), once
 
     class = <slow|fast> _ <right|left> _ <onset|offset>
             how often     where it goes   how it opens
 
-Both are sawtooths: played backwards, one class is the other. All phases are uniform, and what stands still stands at a
-phase of its own. So
+Played backwards, one class is another. What stands still does so at a place of its own, and a movement begins a little
+early or late. So
 
-* at every time the state (place, opening) has one and the same distribution in all eight classes: a single frame tells
-  nothing, wherever in the clip it stands;
-* the frames of a clip are the same set in all eight classes: without their order they tell nothing either (but for how
-  densely they sample it: a fast mouth is at fewer different places between two frames).
+* a frame tells nothing when its place in the clip is not known: over a clip, the state (place, opening) has one and the
+  same distribution in all eight classes. (When it is known it does: the first frame of an onset is closed.)
+* the frames of a clip are the same set in all eight classes: without their order they tell nothing (but for how densely
+  they sample it: a fast mouth is at fewer different places between two frames).
 
-Subject, light, head motion, order of the halves, number of openings and noise are drawn without looking at the
-class. A mirror image swaps left and right, so this set is trained without flips. The faces are those of
-pipeline/demo_faces.py.
+Subject, light, head motion, order of the halves and noise are drawn without looking at the class. A mirror image
+swaps left and right, so this set is trained without flips. The faces are those of pipeline/demo_faces.py.
 """
 
 from __future__ import annotations
@@ -60,8 +59,8 @@ PROFILES: Final = ("onset", "offset")
 DYNAMICS_LABELS: Final = tuple("_".join(words) for words in itertools.product(SPEEDS, WAYS, PROFILES))
 """slow_right_onset, slow_right_offset, slow_left_onset, ..., fast_left_offset: eight."""
 
-_RISE: Final = 0.2
-"""Share of a period that the quick part takes."""
+_JITTER: Final = 0.12
+"""Most share of a period by which a movement begins too early or too late."""
 _OPEN_PX: Final = 20.0
 """Height of the open mouth, portrait pixels."""
 _SIDE_PX: Final = 12.0
@@ -153,20 +152,21 @@ def dynamics_course(label: str, frames: int, rng: np.random.Generator) -> tuple[
     """Where the mouth is, 0 left to 1 right of the picture, and how far open, 0 to 1: (T,) and (T,) of one clip."""
     speed, way, profile = label.split("_")
     half = frames // 2
-    time_T = np.arange(half) / half
-    place_T = rng.uniform() + (1.0 + SPEEDS.index(speed)) * time_T * (-1 if way == "right" else 1)
-    opening_T = rng.uniform() + rng.uniform(1.1, 1.6) * time_T * (-1 if profile == "offset" else 1)
-    place, opening = np.full(half, rng.uniform()), np.full(half, rng.uniform())
+    time_T = (np.arange(half) + 0.5) / half
+    place_T = ramp(rng.uniform(-_JITTER, _JITTER) + (1.0 + SPEEDS.index(speed)) * time_T)
+    opening_T = ramp(rng.uniform(-_JITTER, _JITTER) + time_T)
+    place_T = 1 - place_T if way == "right" else place_T
+    opening_T = 1 - opening_T if profile == "offset" else opening_T
+    place, opening = np.full((2, half), rng.uniform(size=(2, 1)), np.float32)
     place_first = rng.random() < 0.5
     place_T = np.concatenate([place_T, place] if place_first else [place, place_T])
     opening_T = np.concatenate([opening, opening_T] if place_first else [opening_T, opening])
-    return sawtooth(place_T), sawtooth(opening_T)
+    return place_T, opening_T
 
 
-def sawtooth(phase_T: npt.ArrayLike) -> Floats:
-    """Rises from 0 to 1 over the first fifth of a period and falls over the rest; each height lasts equally long."""
-    part_T = np.mod(np.asarray(phase_T, np.float32), np.float32(1))
-    return np.asarray(np.minimum(part_T / _RISE, (1 - part_T) / (1 - _RISE)), np.float32)
+def ramp(phase_T: npt.ArrayLike) -> Floats:
+    """Rises from 0 to 1 over a period and falls back at once; each height lasts equally long."""
+    return np.mod(np.asarray(phase_T, np.float32), np.float32(1))
 
 
 @cache

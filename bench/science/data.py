@@ -24,7 +24,7 @@ from pipeline.demo import DemoConfig, write_raw_bucket
 from pipeline.demo_dynamics import DYNAMICS_LABELS, DynamicsConfig, write_dynamics_bucket
 from pipeline.storage import Store, open_store
 
-DYNAMICS = DynamicsConfig(seed=7, train_clips=(250,) * 8, test_clips=40, train_subjects=40, test_subjects=12)
+DYNAMICS = DynamicsConfig(seed=7, train_clips=(150,) * 8, test_clips=40, train_subjects=40, test_subjects=12)
 TAIL = DemoConfig(
     seed=11,
     train_clips=(90, 30, 54, 40, 20, 5, 10),
@@ -38,7 +38,16 @@ TAIL = DemoConfig(
 """Up to 0.7 of a clip's movement is another class's: without that the small network tells the classes apart, tail and
 all, and there is nothing to see."""
 PREPARE = {
-    "dynamics": ["--labels", *DYNAMICS_LABELS, "--crop.size", "64", "--crop.frames-per-instance", "8"],
+    "dynamics": [
+        "--labels",
+        *DYNAMICS_LABELS,
+        "--crop.size",
+        "64",
+        "--crop.margin",
+        "1.0",
+        "--crop.frames-per-instance",
+        "8",
+    ],
     "tail": ["--labels", *DFEW_LABELS, "--crop.size", "64"],
 }
 

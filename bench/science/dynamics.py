@@ -31,7 +31,7 @@ from pipeline.plan import PlanConfig
 replace = dataclasses.replace
 
 
-def base(instances: int = 4, epochs: int = 25) -> RunConfig:
+def base(instances: int = 4, epochs: int = 12) -> RunConfig:
     """A small network without GEIIM, WIAN and MCCL: a mean over instances and cross entropy."""
     return RunConfig(
         model=ModelConfig(
@@ -62,10 +62,10 @@ def with_mccl(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(config.model, projection_dim=32), loss=LossConfig())
 
 
-def experiments() -> list[Experiment]:
+def experiments(epochs: int) -> list[Experiment]:
     out = []
     for grouping, regroup, instances in (("4x4", False, 4), ("16x1", True, 16)):
-        plain = base(instances)
+        plain = base(instances, epochs)
         parts = {
             "baseline": plain,
             "+GEIIM": with_geiim(plain),
@@ -74,7 +74,7 @@ def experiments() -> list[Experiment]:
             "all": with_mccl(with_wian(with_geiim(plain))),
         }
         out += [Experiment(name=f"{grouping} {n}", config=c, regroup=regroup) for n, c in parts.items()]
-    full = with_mccl(with_wian(with_geiim(base())))
+    full = with_mccl(with_wian(with_geiim(base(epochs=epochs))))
     return out + [Experiment(name="4x4 all", config=full, control=c) for c in ("single", "shuffled")]
 
 
@@ -104,11 +104,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset")
     parser.add_argument("out", type=Path)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="run experiments whose name contains this")
     args = parser.parse_args()
-    chosen = [e for e in experiments() if args.only in f"{e.name} {e.control}"]
+    chosen = [e for e in experiments(args.epochs) if args.only in f"{e.name} {e.control}"]
     print(table(run_all(chosen, args.dataset, range(args.seeds), args.out, args.processes)))
 
 
