@@ -35,20 +35,8 @@ import numpy.typing as npt
 
 from pipeline.contract import MicaclError, digest
 from pipeline.demo import Clip, encode_mp4, labels_csv, put
-from pipeline.demo_faces import (
-    FACE,
-    MOUTH,
-    UNITS,
-    Bytes,
-    Floats,
-    Subject,
-    bump_field,
-    drift,
-    make_subject,
-    pixel_grid,
-    render_course,
-    unit_fields,
-)
+from pipeline.demo_faces import Bytes, Subject, drift, make_subject, render_course
+from pipeline.demo_units import FACE, MOUTH, UNITS, Floats, bump_field, pixel_grid, unit_fields
 
 if TYPE_CHECKING:
     from pipeline.storage import Store

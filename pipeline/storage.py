@@ -15,18 +15,15 @@ S3 credentials and endpoint come from the usual AWS places (environment, profile
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import os
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pipeline.contract import MicaclError, digest
+from pipeline.contract import MicaclError
 
 _TEMPORARY = ".tmp-"
 _STRAY = re.compile("[\udc80-\udcff]")
@@ -124,6 +121,8 @@ def open_store(url: str) -> Store:
         return S3Store(url)
     if url.startswith("file://") or "://" not in url:
         return LocalStore(escape_name(os.path.abspath(url.removeprefix("file://"))))
+    from pipeline.storage_fsspec import FsspecStore  # it needs this room's Store
+
     return FsspecStore(url)
 
 
@@ -138,7 +137,7 @@ class LocalStore(Store):
 
     def _path(self, key: str) -> Path:
         if ".." in key.split("/") or key.startswith("/"):
-            raise _leaves(key, self.root)
+            raise leaves(key, self.root)
         return find_path(Path(self.root, key))
 
     def get(self, key: str) -> bytes:
@@ -259,7 +258,7 @@ def _leads_back(folder: Path) -> bool:
     return folder.is_symlink() and folder.parent.resolve().is_relative_to(folder.resolve())
 
 
-def _leaves(key: str, root: str) -> MicaclError:
+def leaves(key: str, root: str) -> MicaclError:
     return MicaclError(
         f"The key {key!r} leaves {root}.", "It was not opened.", "Whatever lists it was changed by hand."
     )
@@ -280,96 +279,3 @@ def _listed_entry(key: str, path: Path) -> Entry | None:
         if not path.is_symlink():
             raise
         return Entry(key, 0, "")
-
-
-class FsspecStore(Store):
-    """Anything else that fsspec opens (gs://, az://, memory://, ...). Its client library must be installed.
-
-    Retries and time-outs are the client's own.
-    """
-
-    @contextlib.contextmanager
-    def _open(self, key: str) -> Iterator[tuple[Any, str]]:
-        """The file system and the path of a key; what its client raises in the block, in words."""
-        if ".." in key.split("/"):
-            raise _leaves(key, self.root)
-        import fsspec
-
-        try:
-            fs, path = fsspec.core.url_to_fs(self.url(key))
-            fs.invalidate_cache()  # clients keep listings, and would not see what others write
-            yield fs, path
-        except (MicaclError, FileNotFoundError):
-            raise
-        except Exception as error:
-            kind, remedy = "is not known to be done", "Check the network and the credentials, then try again."
-            if isinstance(error, NotImplementedError):
-                kind, remedy = "cannot be done there", "Use s3:// or a folder."
-            elif isinstance(error, ImportError | ValueError):
-                kind, remedy = "was not done", "Use a path or s3://, or correct the URL and install its client."
-            raise MicaclError(
-                f"{self.url(key)}: {type(error).__name__}: {error}.", f"The operation {kind}.", remedy
-            ) from error
-
-    def get(self, key: str) -> bytes:
-        with self._open(key) as (fs, path):
-            return bytes(fs.cat_file(path))
-
-    def read_range(self, key: str, offset: int, size: int) -> bytes:
-        with self._open(key) as (fs, path):
-            return bytes(fs.cat_file(path, start=offset, end=offset + size))
-
-    def put(self, key: str, data: bytes) -> None:
-        with self._open(key) as (fs, path):
-            fs.pipe_file(path, data)
-
-    def put_if_absent(self, key: str, data: bytes) -> bool:
-        with self._open(key) as (fs, path):
-            if not _can_create(fs):
-                raise NotImplementedError("its client has no atomic write of a file that must not exist")
-            try:
-                fs.pipe_file(path, data, mode="create")
-            except FileExistsError:
-                return bytes(fs.cat_file(path)) == data
-        return True
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """As Store says, folder by folder: fsspec's own `find` passes over folders that it could not read."""
-        with self._open("") as (fs, root), self._open(prefix.rpartition("/")[0]) as (_, top):
-            folders = [top]
-            while folders:
-                at = folders.pop()
-                with contextlib.suppress(FileNotFoundError):  # deleted since its parent was read
-                    for info in fs.ls(at, detail=True):
-                        key = info["name"].removeprefix(root).strip("/")
-                        if info["type"] == "directory" and info["name"].rstrip("/") != at.rstrip("/"):
-                            folders.append(info["name"])
-                        elif info["type"] == "file" and key.startswith(prefix):
-                            yield _fsspec_entry(key, info)
-
-    def stat(self, key: str) -> Entry | None:
-        try:
-            with self._open(key) as (fs, path):
-                info = fs.info(path)
-        except FileNotFoundError:
-            return None
-        return _fsspec_entry(key, info) if info.get("type") == "file" else None
-
-    def delete(self, key: str) -> None:
-        with self._open(key) as (fs, path), contextlib.suppress(FileNotFoundError):
-            fs.rm_file(path)
-
-
-def _can_create(fs: Any) -> bool:
-    """Whether the client has its own write with mode="create": fsspec's looks first and writes then, so two can win."""
-    from fsspec.asyn import AsyncFileSystem
-    from fsspec.spec import AbstractFileSystem
-
-    own = [getattr(type(fs), name, None) for name in ("pipe_file", "_pipe_file")]
-    inherited = (None, AbstractFileSystem.pipe_file, AsyncFileSystem._pipe_file)  # noqa: SLF001
-    return any(f not in inherited and "mode" in inspect.signature(f).parameters for f in own)
-
-
-def _fsspec_entry(key: str, info: Mapping[str, Any]) -> Entry:
-    stamp = info.get("etag") or info.get("mtime") or info.get("created") or ""
-    return Entry(key, int(info["size"]), f"{info['size']}-{digest(str(stamp).encode())[:16]}")
