@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import tyro
 
@@ -53,8 +53,16 @@ VERBS: dict[str, Verb] = {
 
 def say(text: str) -> None:
     """A line for a person."""
-    sys.stderr.write(f"{text}\n")
-    sys.stderr.flush()
+    _write(sys.stderr, f"{text}\n")
+
+
+def _write(stream: TextIO, text: str) -> None:
+    """A reader that has gone (`| head`) does not end the work: what is said after it goes nowhere."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def absolute(url: str) -> str:
@@ -77,7 +85,7 @@ class ArgumentsRefused(Exception):
 def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
     """Dispatch one command line. Returns the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
-        sys.stdout.write(_overview(verbs, prog))
+        _write(sys.stdout, _overview(verbs, prog))
         return 0 if arguments else EXIT_BAD_INPUT
     try:
         require_text(arguments)
@@ -148,8 +156,8 @@ def _fail(cause: str, consequence: str, remedy: str) -> int:
 
 
 def _finish(result: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps({k: v for k, v in result.items() if k not in ("exit", "text")}, sort_keys=True) + "\n")
-    sys.stdout.flush()
+    shown = {k: v for k, v in result.items() if k not in ("exit", "text")}
+    _write(sys.stdout, json.dumps(shown, sort_keys=True) + "\n")
 
 
 def _overview(verbs: Mapping[str, Verb], prog: str) -> str:

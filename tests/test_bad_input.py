@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -165,3 +166,15 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(number: signal.Signal
     assert "Traceback" not in err
     _, alive = psutil.wait_procs([psutil.Process(pid) for pid in started if psutil.pid_exists(pid)], timeout=30)
     assert not alive
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["status", "/no/such/dataset"], 2)])
+def test_a_reader_that_has_gone_is_no_error(words: list[str], code: int) -> None:
+    """As `micacl ... 2>&1 | head` does once head has seen enough."""
+    read, write = os.pipe()
+    os.close(read)
+    module = [sys.executable, "-m", "pipeline"]
+    done = subprocess.run([*module, *words], check=False, stdout=write, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, "BrokenPipe" in done.stderr, "Traceback" in done.stderr) == (code, False, False)
+    assert subprocess.run([*module, *words], check=False, stdout=write, stderr=write).returncode == code
+    os.close(write)
