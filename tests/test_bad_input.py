@@ -168,7 +168,7 @@ def test_an_interrupted_command_says_so_and_leaves_nothing(number: signal.Signal
     assert not alive
 
 
-@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["status", "/no/such/dataset"], 2)])
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["verify", "/no/such/dataset"], 2)])
 def test_a_reader_that_has_gone_is_no_error(words: list[str], code: int) -> None:
     """As `micacl ... 2>&1 | head` does once head has seen enough."""
     read, write = os.pipe()
