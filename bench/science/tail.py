@@ -45,8 +45,8 @@ def full(epochs: int) -> RunConfig:
 
 
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Of MCCL beside balanced softmax: what it takes to help, one change at a time."""
-    start = CHANGES["mccl-balanced-softmax"](config)
+    """Of MCCL beside oversampling: what it takes to help, one change at a time."""
+    start = CHANGES["mccl-oversampling"](config)
 
     def loss(**fields: Any) -> RunConfig:
         return replace(start, loss=replace(start.loss, **fields))
@@ -57,12 +57,19 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 
     return {
         "bag only": loss(scales=("bag",)),
+        "bag, instance, frame": replace(
+            loss(scales=("bag", "instance", "frame")),
+            model=replace(start.model, projection_scales=("bag", "instance", "frame")),
+        ),
+        "weight 0.05": loss(mccl_weight=0.05),
         "weight 0.5": loss(mccl_weight=0.5),
         "weight 1": loss(mccl_weight=1.0),
         "class anchors": loss(mccl_anchors="classes"),
         "plain SupCon": loss(class_average=False),
         "learned prototypes": prototypes("learned"),
         "classifier prototypes": prototypes("classifier"),
+        "projection 128": replace(start, model=replace(start.model, projection_dim=128)),
+        "balanced softmax beside it": loss(name="balanced_softmax"),
         "queue 8": loss(queue_clips_per_class=8),
         "cosine schedule": loss(mccl_schedule="cosine", mccl_weight=0.5),
         "bag, prototypes, weight 0.5": prototypes("learned", scales=("bag",), mccl_weight=0.5),
@@ -72,7 +79,8 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 def experiments(which: str, epochs: int) -> list[Experiment]:
     config = full(epochs)
     if which == "variants":
-        return [Experiment(name=name, config=c) for name, c in variants(config).items()]
+        beside = {name: CHANGES[name](config) for name in (PRICE, "mccl-oversampling")}
+        return [Experiment(name=name, config=c) for name, c in (beside | variants(config)).items()]
     return [Experiment(name=name, config=CHANGES[name](config), posthoc=name == "cross-entropy") for name in LONG_TAIL]
 
 
