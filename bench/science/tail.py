@@ -69,7 +69,9 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
         "learned prototypes": prototypes("learned"),
         "classifier prototypes": prototypes("classifier"),
         "projection 128": replace(start, model=replace(start.model, projection_dim=128)),
-        "balanced softmax beside it": loss(name="balanced_softmax"),
+        "square root sampling, balanced softmax": replace(
+            loss(name="balanced_softmax"), plan=replace(start.plan, policy="sqrt")
+        ),
         "queue 8": loss(queue_clips_per_class=8),
         "cosine schedule": loss(mccl_schedule="cosine", mccl_weight=0.5),
         "bag, prototypes, weight 0.5": prototypes("learned", scales=("bag",), mccl_weight=0.5),
