@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -52,22 +53,24 @@ PREPARE = {
 }
 
 
-def draw(name: str, raw: Store) -> dict[str, Any]:
+def draw(name: str, raw: Store, seed: int | None) -> dict[str, Any]:
+    chosen: dict[str, Any] = {} if seed is None else {"seed": seed}
     if name == "tail":
-        return write_raw_bucket(raw, TAIL)
+        return write_raw_bucket(raw, replace(TAIL, **chosen))
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        return write_dynamics_bucket(raw, DYNAMICS, partial(pool.map, chunksize=16))
+        return write_dynamics_bucket(raw, replace(DYNAMICS, **chosen), partial(pool.map, chunksize=16))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("name", choices=sorted(PREPARE))
     parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, help="of other faces, clips and courses than those of docs/lab.md")
     args = parser.parse_args()
     out = args.out.resolve()
     raw = open_store(str(out / "raw"))
     if not raw.exists("labels.csv"):
-        print(json.dumps(draw(args.name, raw)), flush=True)
+        print(json.dumps(draw(args.name, raw, args.seed)), flush=True)
     table, dataset = str(out / "raw" / "labels.csv"), str(out / "dataset")
     sys.exit(run(VERBS, "micacl", ["prepare", table, dataset, *PREPARE[args.name]]))
 
