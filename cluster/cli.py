@@ -79,15 +79,19 @@ def recipe_named(arguments: Arguments, prog: str, more: str = "", several: str =
 
 
 def model(arguments: Arguments, prog: str) -> dict[str, Any]:
-    """`micacl model RECIPE [flags]`: counts, at the recipe's instances, frames and side."""
+    """`micacl model RECIPE [flags]`: counts at its instances, frames and side; how a named weight file fits."""
     from micacl.config import RunConfig
     from micacl.model.count import count_model
+    from micacl.model.weights import check_encoder_weights
     from micacl.recipes import about, recipe
 
     name = recipe_named(arguments, prog)
     config: RunConfig = parse(RunConfig, f"{prog} {name}", about(name), arguments[1:], default=recipe(name))
+    weights = check_encoder_weights(config.model.backbone)
     count = count_model(config.model, config.stream.frames, config.batch.side)
     say(count.to_text())
+    if weights is not None:
+        say(weights.to_text())
     return {"recipe": name, **count.to_dict()}
 
 

@@ -19,14 +19,27 @@ import tyro
 from cluster.evaluate import score, write_evaluation
 from cluster.progress import relay
 from cluster.scaling import ScalingConfig
-from cluster.train import check_run, train
+from cluster.train import check_config, check_run, train
 from micacl.bundle import load_model
 from micacl.config import RunConfig, from_dict, to_dict
-from micacl.crossval import WHICH, Job, Outcome, claim, claimed, is_done, jobs_of, numbers_of, outcome_of, seeds_of
+from micacl.crossval import (
+    WHICH,
+    Job,
+    Outcome,
+    Wanted,
+    claim,
+    claimed,
+    is_done,
+    jobs_of,
+    numbers_of,
+    outcome_of,
+    seeds_of,
+)
 from micacl.crossval_page import to_html
 from micacl.crossval_table import rows_of
 from micacl.crossval_text import Report, text_files, to_markdown
 from micacl.evaluate import open_for
+from micacl.model.weights import check_encoder_weights
 from micacl.predictions import BEST, folder_of
 from micacl.train.best import read_best
 from micacl.train.data import train_data
@@ -74,6 +87,12 @@ class Plan:
 def plan(args: CrossvalArgs, recipes: dict[str, RunConfig]) -> Plan:
     """Settle what OUT is of, before anything is started. Raises MicaclError."""
     require_at_least(1, ("--parallel", args.parallel))
+    if args.config.train.fold is not None:
+        raise MicaclError(
+            f"--train.fold is {args.config.train.fold}.",
+            "crossval sets it for each run; no run was started.",
+            f"Say --folds {args.config.train.fold}.",
+        )
     folds: list[int | None] = [*numbers_of("--folds", args.folds)] if args.folds else [None]
     seeds = seeds_of(args.seeds)
     before = claimed(open_store(args.out))
@@ -87,9 +106,18 @@ def plan(args: CrossvalArgs, recipes: dict[str, RunConfig]) -> Plan:
             "It has no test split of its own; no run was started.",
             f"Say which are to be tested on: --folds {known[0]}..{known[-1]}.",
         )
-    claim(args.out, {"url": args.dataset, "version": dataset.number, "sha256": dataset.sha256}, recipes)
     jobs = jobs_of(recipes, folds, seeds, args.out)
+    for job in jobs[: len(folds) * len(recipes)]:  # of the first seed: the others differ in nothing that is looked at
+        _check(job, args, dataset, begun=before is not None and job.recipe in before["recipes"])
+    claim(args.out, {"url": args.dataset, "version": dataset.number, "sha256": dataset.sha256}, recipes)
     return Plan(jobs=jobs, folds=tuple(folds), seeds=tuple(seeds), dataset=dataset)
+
+
+def _check(job: Job, args: CrossvalArgs, dataset: Dataset, *, begun: bool) -> None:
+    """What no run of the recipe could work with. Raises MicaclError."""
+    check_config(args.dataset, job.config, args.scaling, dataset.number)
+    if not begun:
+        check_encoder_weights(job.config.model.backbone)
 
 
 def crossval(todo: Plan, args: CrossvalArgs, say: Callable[[str], None]) -> dict[str, Any]:
@@ -128,7 +156,7 @@ def report(todo: Plan, out_url: str, outcomes: Sequence[Outcome], say: Callable[
 
 def _is_done(job: Job, dataset: Dataset) -> bool:
     try:
-        return is_done(job, dataset.sha256, _steps(job, dataset))
+        return is_done(job, _wanted(job, dataset))
     except MicaclError:  # the run itself will say so
         return False
 
@@ -140,11 +168,17 @@ def _outcome(job: Job, error: str) -> Outcome:
         return outcome_of(job, str(damaged))
 
 
-def _steps(job: Job, dataset: Dataset) -> int:
+def _wanted(job: Job, dataset: Dataset) -> Wanted:
     train = job.config.train
-    return train_data(
-        _opened(dataset.store.root, dataset.number, job.fold, train.where, train.val_share, train.val_seed), job.config
-    ).steps
+    opened = _opened(dataset.store.root, dataset.number, job.fold, train.where, train.val_share, train.val_seed)
+    data = train_data(opened, job.config)
+    return Wanted(
+        sha256=dataset.sha256,
+        steps=data.steps,
+        labels=dataset.labels,
+        keys=frozenset(opened.split("test")["key"].to_pylist()),
+        validated=data.val is not None,
+    )
 
 
 @cache

@@ -38,6 +38,7 @@ def evaluate(
 
     Raises MicaclError on bad input.
     """
+    open_store(out_url).check()
     scored = score(bundle, dataset, split, workers=workers, gpu=gpu, embeddings=embeddings)
     return write_evaluation(bundle, dataset, split, scored, out_url=out_url, checkpoint=checkpoint)
 
@@ -75,6 +76,8 @@ def write_evaluation(
     if any(one.features for one in scored):
         features_ND = np.array([one.features for one in scored], np.float32)
         store.put(EMBEDDINGS, embeddings_parquet([one.key for one in scored], features_ND))
+    else:
+        store.delete(EMBEDDINGS)  # of an evaluation before
     store.put(SCORES, canonical_json(summary).encode())
     return {**summary, "text": to_text(scores, fields), "out": out_url}
 

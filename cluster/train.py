@@ -63,8 +63,18 @@ def check_run(
     version: int | None,
     from_run: str | None = None,
 ) -> TrainData:
-    """All that can be seen to be wrong before a worker starts. Raises MicaclError."""
+    """All that can be seen to be wrong before a worker starts; then the run is of this config. Raises MicaclError."""
     config = _with_absolute_weights(config)
+    data = check_config(dataset_url, config, scaling, version)
+    open_store(run_url).check()
+    if begins_anew(run_url, from_run):
+        check_encoder_weights(config.model.backbone)
+    claim(run_url, config, {"url": dataset_url, **version_of(data)}, from_run)
+    return data
+
+
+def check_config(dataset_url: str, config: RunConfig, scaling: ScalingConfig, version: int | None) -> TrainData:
+    """What can be seen to be wrong with a config on a dataset; weights are left to the caller. Raises MicaclError."""
     data = open_training(dataset_url, version, config)
     if config.plan.global_batch % scaling.workers:
         raise MicaclError(
@@ -72,13 +82,9 @@ def check_run(
             "Ranks would get unequal batches.",
             "Change one of them.",
         )
-    open_store(run_url).check()
     require_projections(config.loss, config.model)
     side = config.batch.side
     require_input(config.model, data.dataset.body["crop"]["instances"], config.stream.frames, side, side)
-    if begins_anew(run_url, from_run):
-        check_encoder_weights(config.model.backbone)
-    claim(run_url, config, {"url": dataset_url, **version_of(data)}, from_run)
     return data
 
 

@@ -58,16 +58,15 @@ class Units:
         names = [(True, s) if s is not None else (False, key.rpartition("_")[0] or key) for key, s in pairs]
         number: dict[Any, int] = {}
         code_N = np.array([number.setdefault(name, len(number)) for name in names], np.int64)
-        note = (
-            ""
-            if len(number) >= FEW_UNITS
-            else f"Only {len(number)} {'subjects' if known else 'clips'}: a rough interval."
-        )
+        kind = "subject" if known else "clip"
+        note = "" if len(number) >= FEW_UNITS else f"Only {len(number)} {kind}s: a rough interval."
+        if len(number) == 1:
+            note = f"Only 1 {kind}: no interval."
         if not known:
             note = f"No subject is known: by clip, and too narrow if people come more than once. {note}".strip()
         elif known < len(names):
             note = f"{len(names) - known} clips have no subject and count as one each. {note}".strip()
-        return cls(code_N, len(number), "subject" if known else "clip", note)
+        return cls(code_N, len(number), kind, note)
 
 
 def sums_by_unit(units: Units, columns_NX: NDArray[Any]) -> Floats:

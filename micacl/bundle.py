@@ -36,6 +36,8 @@ from pipeline.storage import Store, open_store
 
 BUNDLE = "bundle.json"
 WEIGHTS = "model.safetensors"
+_RUN = "config.json"
+"""What every run has and no bundle."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +106,12 @@ def export_bundle(
         changed.build()  # refuses what this model cannot be given
     store = open_store(bundle_url)
     store.check()
+    if store.exists(_RUN):
+        raise MicaclError(
+            f"{bundle_url} is a run.",
+            "No bundle was written: what reads that folder would take the bundle for all of the run's checkpoints.",
+            f"Give another folder, such as {bundle_url.rstrip('/')}-bundle.",
+        )
     weights = safetensors.torch.save(dict(checkpoint.weights))
     body = {
         "schema": SCHEMA_VERSION,
@@ -184,7 +192,14 @@ def load_model(url: str, step: int | None = None) -> Bundle:
     store = open_store(url)
     store.check()
     if store.exists(BUNDLE):
-        return load_bundle(url)
+        bundle = load_bundle(url)
+        if step not in (None, bundle.origin["step"]):
+            raise MicaclError(
+                f"{url} is the bundle of step {bundle.origin['step']}, not {step}.",
+                "Another checkpoint's numbers would stand under that name.",
+                "Name the run, or take bundle.json and model.safetensors out of its folder.",
+            )
+        return bundle
     checkpoint = read_checkpoint(store, step)
     return as_bundle(checkpoint, store)
 

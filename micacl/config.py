@@ -18,6 +18,9 @@ from pipeline.contract import MicaclError, canonical_json, digest, require_at_le
 from pipeline.plan import PlanConfig
 from pipeline.stream import StreamConfig
 
+SEED_MOST = 2**63 - 1
+"""What torch takes."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TrainConfig(OptimConfig):
@@ -60,6 +63,8 @@ class TrainConfig(OptimConfig):
                 f"Use an epoch from 0 to {self.epochs - 1}, or None to leave it out.",
             )
         require_between(0, 0.9, "--train.val-share", self.val_share)
+        require_between(0, SEED_MOST, "--train.seed", self.seed)
+        require_between(0, SEED_MOST, "--train.val-seed", self.val_seed)
         require_at_least(0, ("--train.val-every", self.val_every))
         if self.val_share and self.split != "train":
             raise MicaclError(

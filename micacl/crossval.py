@@ -24,12 +24,14 @@ from typing import Any
 from micacl.config import RunConfig, first_difference, to_dict
 from micacl.predictions import BEST, LAST, Evaluation, read_evaluation
 from micacl.train.best import read_best
-from pipeline.contract import MicaclError, canonical_json, json_object
+from pipeline.contract import MicaclError, canonical_json, expecting, json_object
 from pipeline.storage import Store, open_store
 
 CLAIM = "crossval.json"
 WHICH = (LAST, BEST)
-_RANGE = re.compile(r"(\d+)\.\.(\d+)$")
+MOST = 1000
+"""Folds, or seeds."""
+_RANGE = re.compile(r"([0-9]{1,9})(?:\.\.([0-9]{1,9}))?")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,27 +96,28 @@ def numbers_of(flag: str, text: str) -> list[int]:
     """`1..5`, `1,3,4`, or both mixed. Raises MicaclError."""
     out: list[int] = []
     for part in filter(None, text.split(",")):
-        found = _RANGE.match(part.strip())
-        if found:
-            out += range(int(found[1]), int(found[2]) + 1)
-        elif part.strip().isdecimal():
-            out.append(int(part))
-        else:
+        found = _RANGE.fullmatch(part.strip())
+        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
+        if not first <= last < first + MOST:
             out = []
             break
-    if not out or len(set(out)) != len(out):
+        out += range(first, last + 1)
+    if not 0 < len(set(out)) == len(out) <= MOST:
         raise MicaclError(
-            f"{flag} is {text!r}.", "No run was started.", "Give numbers, each once, such as 1..5 or 1,3,4."
+            f"{flag} is {text[:80]!r}.",
+            "No run was started.",
+            f"Give numbers, each once, such as 1..5 or 1,3,4; {MOST} at most.",
         )
     return out
 
 
 def seeds_of(text: str) -> list[int]:
     """`3` is 0, 1, 2; `0,4` and `2..4` are those. Raises MicaclError."""
-    found = list(range(int(text))) if text.isdecimal() else numbers_of("--seeds", text)
-    if not found:
-        raise MicaclError(f"--seeds is {text}.", "No run was started.", "Give 1 or more.")
-    return found
+    if not re.fullmatch("[0-9]+", text):
+        return numbers_of("--seeds", text)
+    if len(text) > len(str(MOST)) or not 1 <= int(text) <= MOST:
+        raise MicaclError(f"--seeds is {text[:80]}.", "No run was started.", f"Give 1 or more, {MOST} at most.")
+    return list(range(int(text)))
 
 
 def claim(out_url: str, dataset: Mapping[str, Any], recipes: Mapping[str, RunConfig]) -> None:
@@ -135,12 +138,21 @@ def claim(out_url: str, dataset: Mapping[str, Any], recipes: Mapping[str, RunCon
                 where = first_difference(before["recipes"][name], ours[name])
                 _refuse(out_url, f"another configuration of {name} ({where})")
         ours = {**before["recipes"], **ours}
-    store.put(CLAIM, canonical_json({"dataset": dict(dataset), "recipes": ours}).encode())
+    body = canonical_json({"dataset": dict(dataset), "recipes": ours}).encode()
+    if before is not None:
+        store.put(CLAIM, body)
+    elif not store.put_if_absent(CLAIM, body):
+        claim(out_url, dataset, recipes)  # somebody else was first: the same questions about theirs
 
 
 def claimed(store: Store) -> dict[str, Any] | None:
     """What crossval.json says; None if there is none. Raises MicaclError."""
-    return json_object(store.get(CLAIM), store.url(CLAIM)) if store.exists(CLAIM) else None
+    if not store.exists(CLAIM):
+        return None
+    body = json_object(store.get(CLAIM), store.url(CLAIM))
+    with expecting(store.url(CLAIM)):
+        data = {name: body["dataset"][name] for name in ("url", "version", "sha256")}
+        return {"dataset": {**data, "version": int(data["version"])}, "recipes": dict(body["recipes"])}
 
 
 def _refuse(out_url: str, what: str) -> None:
@@ -151,20 +163,43 @@ def _refuse(out_url: str, what: str) -> None:
     )
 
 
-def is_done(job: Job, sha256: str, steps: int) -> bool:
-    """Whether its scores are there and are of this config, dataset version and last step, and of the best."""
-    store = open_store(job.run)
-    best = read_best(store)
-    wanted = {LAST: steps, **({} if best is None else {BEST: best.step})}
-    for which, step in wanted.items():
-        try:
-            said = read_evaluation(job.run, "test", which).scores
-        except MicaclError:
-            return False
-        found = (said.get("config_hash"), said["dataset"].get("sha256"), said["origin"]["step"])
-        if found != (job.config.hash, sha256, step):
-            return False
-    return True
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Wanted:
+    """What the evaluations of a finished run are of."""
+
+    sha256: str
+    """Of the dataset version."""
+    steps: int
+    labels: tuple[str, ...]
+    keys: frozenset[str]
+    """Every clip of the test split."""
+    validated: bool
+    """There are validation clips, so one checkpoint is the best."""
+
+
+def is_done(job: Job, wanted: Wanted) -> bool:
+    """Whether its scores are there, whole, and of this config, dataset, last step, and of the best."""
+    best = read_best(open_store(job.run))
+    if wanted.validated and best is None:
+        return False
+    steps = {LAST: wanted.steps, **({} if best is None else {BEST: best.step})}
+    try:
+        return all(_is_of(read_evaluation(job.run, "test", which), job, wanted, step) for which, step in steps.items())
+    except MicaclError:
+        return False
+
+
+def _is_of(one: Evaluation, job: Job, wanted: Wanted, step: int) -> bool:
+    said = one.scores
+    found = (said.get("config_hash"), said["dataset"].get("sha256"), said["origin"]["step"], said["split"])
+    ours = (job.config.hash, wanted.sha256, step, "test")
+    unchanged = not any((said.get("posthoc") or {}).values())
+    return (
+        found == ours
+        and unchanged
+        and one.predictions.labels == wanted.labels
+        and {*one.predictions.keys} == wanted.keys
+    )
 
 
 def outcome_of(job: Job, error: str = "") -> Outcome:

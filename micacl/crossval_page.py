@@ -10,12 +10,14 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from numpy.typing import NDArray
 
 from micacl import plots
 from micacl.crossval import Outcome
 from micacl.crossval_table import Row
 from micacl.crossval_text import Report, cell, notes_of, percent, span, versus_cell
-from micacl.predictions import LAST, read_embeddings
+from micacl.predictions import LAST, Evaluation, read_embeddings
+from pipeline.contract import MicaclError
 from pipeline.storage import open_store
 
 
@@ -86,10 +88,19 @@ def _embedding(row: Row, report: Report, prefix: str) -> tuple[str, float]:
     """Of the first run of the recipe that has one."""
     for outcome in report.outcomes:
         one = outcome.evaluations.get(row.which) if outcome.job.recipe == row.recipe else None
-        found = None if one is None else read_embeddings(open_store(one.url))
+        found = None if one is None else _features(one)
         if one is None or found is None:
             continue
         truth_of = dict(zip(one.predictions.keys, one.predictions.truth_N.tolist(), strict=True))
         truth_N = np.array([truth_of[key] for key in found[0]], np.int64)
         return plots.embedding_map(found[1], truth_N, report.labels, prefix)
     return "", 0.0
+
+
+def _features(one: Evaluation) -> tuple[list[str], NDArray[np.float32]] | None:
+    """None also for a file that is not of these clips: a map is not worth the table."""
+    try:
+        found = read_embeddings(open_store(one.url))
+    except MicaclError:
+        return None
+    return found if found is not None and set(found[0]) == set(one.predictions.keys) else None

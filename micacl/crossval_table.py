@@ -20,8 +20,8 @@ import numpy as np
 from micacl.bootstrap import Interval, Ints, Units, intervals, paired_intervals
 from micacl.calibration import Floats, at_temperature
 from micacl.crossval import WHICH, Outcome
-from micacl.metrics import Scores, group_recalls, long_tail_groups, score
-from micacl.predictions import Evaluation, Predictions
+from micacl.metrics import Scores, group_recalls, long_tail_groups
+from micacl.predictions import Evaluation, Predictions, score_labels, score_predictions
 from micacl.summary import calibration_fields, mean_of
 from pipeline.contract import MicaclError
 
@@ -181,22 +181,12 @@ def compare_seeds(first: Mapping[int, list[Evaluation]], other: Mapping[int, lis
         )
     units, truth_N, a_N = stacked(a)
     found = paired_intervals(units, truth_N, a_N, stacked(b)[2], len(a[0].labels))
-    scores = [(_scores(x), _scores(y)) for x, y in zip(a, b, strict=True)]
+    scores = [(score_predictions(x), score_predictions(y)) for x, y in zip(a, b, strict=True)]
     out = {}
     for name in ("uar", "war"):
         by_seed = tuple(getattr(y, name) - getattr(x, name) for x, y in scores)
         out[name] = Versus(mean=float(np.mean(by_seed)), by_seed=by_seed, by_subject=found[name])
     return out
-
-
-def _scores(table: Predictions) -> Scores:
-    return _score(table.truth_N, table.predicted_N, table.labels)
-
-
-def _score(truth_N: Ints, predicted_N: Ints, labels: Sequence[str]) -> Scores:
-    count = len(labels)
-    matrix_KK = np.bincount(truth_N * count + predicted_N, minlength=count * count).reshape(count, count)
-    return score(matrix_KK, labels)
 
 
 def _row(
@@ -206,7 +196,7 @@ def _row(
     units, truth_N, predicted_N = stacked(list(tables.values()))
     labels = next(iter(tables.values())).labels
     found, runs = intervals(units, truth_N, predicted_N, len(labels)), [one for of in seeds.values() for one in of]
-    by_seed = [_scores(table) for table in tables.values()]
+    by_seed = [score_predictions(table) for table in tables.values()]
     recall = {word: mean_of([s.recall[word] for s in by_seed]) for word in labels}
     train_clips = _train_clips(runs, labels)
     return Row(
@@ -222,7 +212,7 @@ def _row(
         recall_interval=dict(zip(labels, found["recall"], strict=True)),
         train_clips=train_clips,
         groups=group_recalls(recall, long_tail_groups({word: round(n) for word, n in train_clips.items()})),
-        scores=_score(truth_N, predicted_N, labels),
+        scores=score_labels(truth_N, predicted_N, labels),
         calibration=_calibration(runs),
         temperatures=tuple(t for run in runs if (t := _temperature(run)) is not None),
         versus=versus,

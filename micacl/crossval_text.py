@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from micacl.train.best import RULE
 from pipeline.contract import canonical_json
 
 Run = dict[str, Any]
+_MARKS = re.compile(r"[|<>&`*\[\]\\]")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -102,7 +104,7 @@ def to_markdown(report: Report) -> str:
     """One table, then what its numbers are."""
     head = ["recipe", "checkpoint", "runs", "UAR", "WAR", "UAR minus first", "WAR minus first", "head", "mid", "tail"]
     head += ["ECE", "ECE at T", *report.labels]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * 3}{' ---: |' * (len(head) - 3)}"]
+    lines = [_line(head), f"|{' --- |' * 3}{' ---: |' * (len(head) - 3)}"]
     for row in report.rows:
         values = [
             row.recipe,
@@ -113,13 +115,18 @@ def to_markdown(report: Report) -> str:
         values += [versus_cell(row.versus.get(name)) for name in ("uar", "war")]
         values += [percent(row.groups.get(name)) for name in ("head", "mid", "tail")]
         values += [*_eces(row), *(percent(row.recall[word]) for word in report.labels)]
-        lines.append(f"| {' | '.join(value.replace('|', chr(92) + '|') for value in values)} |")
-    lines += [f"| {o.job.name} | | failed | {_one_line(o.error)} |" for o in report.failed]
+        lines.append(_line(values))
+    lines += [_line([o.job.name, "", "failed", o.error]) for o in report.failed]
     return "\n".join([*lines, "", *notes_of(report), ""])
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+def _line(cells: Sequence[str]) -> str:
+    """A line of the table; what cells hold is text, not Markdown or HTML."""
+    return f"| {' | '.join(_MARKS.sub(_escaped, ' '.join(cell.split())) for cell in cells)} |"
+
+
+def _escaped(mark: re.Match[str]) -> str:
+    return {"<": "&lt;", ">": "&gt;", "&": "&amp;"}.get(mark[0], f"\\{mark[0]}")
 
 
 def _eces(row: Row) -> tuple[str, str]:

@@ -12,6 +12,7 @@ Legend: N clips, K classes.
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,12 +22,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from micacl.metrics import Scores, score
 from pipeline.contract import MicaclError, expecting, json_object
 from pipeline.parquet import read_parquet
 from pipeline.storage import Store, open_store
 
 PREDICTIONS, SCORES, EMBEDDINGS = "predictions.parquet", "scores.json", "embeddings.parquet"
 LAST, BEST = "last", "best"
+_OFF_ONE = 1e-3
+"""Shares are stored as float32."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -97,8 +101,10 @@ class Evaluation:
 def read_evaluation(url: str, split: str = "test", checkpoint: str = LAST) -> Evaluation:
     """The evaluation of a run or bundle, or the one that lies at `url` itself. Raises MicaclError.
 
-    The remedy says how it is made, where it is not there.
+    Read is what `micacl evaluate` would write again: every clip once, and numbers that are those of its rows.
     """
+    if checkpoint not in (LAST, BEST):
+        raise MicaclError(f"--checkpoint is {checkpoint!r}.", "Nothing was read.", f"Use {LAST} or {BEST}.")
     store = open_store(url)
     store.check()
     if not store.exists(PREDICTIONS):
@@ -112,17 +118,70 @@ def read_evaluation(url: str, split: str = "test", checkpoint: str = LAST) -> Ev
             "Predictions are read here, not made.",
             f"Make it: `micacl evaluate {url} DATASET --split {split}{best}`.",
         ) from error
+    with expecting(store.url(SCORES)):
+        labels = _require_fields(scores)
     with expecting(store.url(PREDICTIONS)):
-        return Evaluation(store.root, scores, read_predictions(data, tuple(scores["classes"])))
+        predictions = read_predictions(data, labels)
+    _require_same_numbers(scores, predictions, store.url(SCORES))
+    return Evaluation(store.root, scores, predictions)
+
+
+def _require_fields(scores: Mapping[str, Any]) -> tuple[str, ...]:
+    """The classes; what the fields that others read are not raises one of the errors that `expecting` names."""
+    labels, clips = tuple(str(word) for word in scores["classes"]), scores.get("train_clips")
+    int(scores["origin"]["step"]), str(scores["split"]), dict(scores.get("posthoc") or {})
+    temperature = scores["calibration"]["temperature"]
+    known = [temperature["value"], temperature["step"]] if temperature else []
+    known += [clips[word] for word in labels] if clips is not None else []
+    [float(value) for value in known if value is not None]
+    str(scores["dataset"]["url"]), int(scores["dataset"]["version"])
+    return labels
+
+
+def _require_same_numbers(scores: Mapping[str, Any], predictions: Predictions, where: str) -> None:
+    """Raises MicaclError if the numbers are not those of the rows: one of the files was changed afterwards."""
+    found = score_predictions(predictions).to_dict()
+    for name in ("clips", "matrix", "war", "uar", "macro_f1", "recall"):
+        if not _equal(scores.get(name), found[name]):
+            raise MicaclError(
+                f"{where} says {name} {scores.get(name)}, and {PREDICTIONS} beside it {found[name]}.",
+                "Neither is used: one of them was changed after it was written.",
+                "Evaluate again: `micacl evaluate`; it writes both.",
+            )
+
+
+def _equal(said: Any, found: Any) -> bool:
+    """Whether two numbers, or two lists or dicts of them, are the same but for the last digits."""
+    if isinstance(found, float) and isinstance(said, float):
+        return math.isclose(said, found, abs_tol=1e-9)
+    if isinstance(found, dict) and isinstance(said, dict):
+        return said.keys() == found.keys() and all(_equal(said[name], value) for name, value in found.items())
+    return bool(said == found)
+
+
+def score_predictions(table: Predictions) -> Scores:
+    """The numbers of these rows."""
+    return score_labels(table.truth_N, table.predicted_N, table.labels)
+
+
+def score_labels(truth_N: NDArray[np.int64], predicted_N: NDArray[np.int64], labels: Sequence[str]) -> Scores:
+    """The numbers of clips of these classes, taken for those."""
+    count = len(labels)
+    matrix_KK = np.bincount(truth_N * count + predicted_N, minlength=count * count).reshape(count, count)
+    return score(matrix_KK, labels)
 
 
 def read_predictions(data: bytes, labels: tuple[str, ...]) -> Predictions:
-    """Of a predictions.parquet; one of an earlier release has no subjects."""
+    """Of a predictions.parquet; one of an earlier release has no subjects. Raises ValueError for rows that are none."""
     table = read_parquet(data).sort_by("key")
     number = {label: i for i, label in enumerate(labels)}
     keys = table["key"].to_pylist()
     subjects = table["subject"].to_pylist() if "subject" in table.column_names else [None] * len(keys)
     p_NK = np.stack([table[f"p_{label}"].to_numpy() for label in labels], 1).astype(np.float64)
+    if len(set(keys)) != len(keys) or None in keys or not keys:
+        raise ValueError(f"{len(keys)} rows with {len({*keys} - {None})} keys")
+    if not (np.isfinite(p_NK).all() and p_NK.min() >= 0 and (np.abs(p_NK.sum(1) - 1) < _OFF_ONE).all()):
+        raise ValueError("shares of the classes that are not in [0, 1] or do not sum to 1")
     return Predictions(
         labels=labels,
         keys=tuple(keys),

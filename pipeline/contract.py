@@ -328,7 +328,7 @@ def foreign(what: str, error: Exception) -> MicaclError:
     return MicaclError(
         f"Found {what} that is not what this release writes ({type(error).__name__}: {error}).",
         "Nothing was read from it.",
-        "It was changed after it was written, or by hand: delete it and make it again (prepare, train, export).",
+        "It was changed after it was written: delete it and make it again (prepare, train, evaluate, export).",
     )
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -141,7 +142,11 @@ class LocalStore(Store):
         return find_path(Path(self.root, key))
 
     def get(self, key: str) -> bytes:
-        return self._path(key).read_bytes()
+        path = self._path(key)
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # a pipe would wait for ever, /dev/zero has no end
+            raise MicaclError(f"{path} is no file.", "It was not read.", "Give a regular file.")
+        return path.read_bytes()
 
     def read_range(self, key: str, offset: int, size: int) -> bytes:
         with self._path(key).open("rb") as file:

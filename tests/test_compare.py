@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -117,3 +119,54 @@ def test_a_table_of_an_earlier_release_is_compared_by_clip(tmp_path: Path) -> No
     result = compare_runs(str(tmp_path / "a"), str(tmp_path / "b"))
     assert (result["by"], result["units"]) == ("clip", 60)
     assert "No subject is known" in result["text"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda said: said.pop("split"),
+        lambda said: said.pop("origin"),
+        lambda said: said.pop("dataset"),
+        lambda said: said.pop("classes"),
+        lambda said: said.pop("calibration"),
+        lambda said: said["train_clips"].pop("sad"),
+        lambda said: said.update(uar=0.123),
+        lambda said: said.update(classes=[*LABELS[::-1]]),
+        lambda said: said["matrix"][0].reverse(),
+    ],
+)
+def test_scores_that_were_changed_are_refused(tmp_path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    write_evaluation(str(tmp_path), predictions(1))
+    key, store = "evaluation/test/scores.json", open_store(str(tmp_path))
+    said = json.loads(store.get(key))
+    change(said)
+    store.put(key, json.dumps(said).encode())
+    with pytest.raises(MicaclError, match=r"scores\.json"):
+        compare_runs(str(tmp_path), str(tmp_path))
+
+
+def repeated(table: pa.Table) -> pa.Table:
+    return pa.concat_tables([table, table.slice(0, 3)])
+
+
+def below_zero(table: pa.Table) -> pa.Table:
+    return table.set_column(table.column_names.index("p_sad"), "p_sad", pa.array([-5.0] * len(table)))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [repeated, below_zero, lambda table: table.slice(0, 0), lambda table: table.slice(0, 9)],
+)
+def test_rows_that_were_changed_are_refused(tmp_path: Path, change: Callable[[pa.Table], pa.Table]) -> None:
+    write_evaluation(str(tmp_path), predictions(1))
+    path = tmp_path / "evaluation/test/predictions.parquet"
+    pq.write_table(change(pq.read_table(path)), path)
+    with pytest.raises(MicaclError, match=r"predictions\.parquet"):
+        compare_runs(str(tmp_path), str(tmp_path))
+
+
+def test_an_unknown_checkpoint_and_one_person(tmp_path: Path) -> None:
+    write_evaluation(str(tmp_path), predictions(1, subjects=1))
+    with pytest.raises(MicaclError, match="--checkpoint is 'foo'"):
+        compare_runs(str(tmp_path), str(tmp_path), "test", "foo")
+    assert compare_runs(str(tmp_path), str(tmp_path))["note"] == "Only 1 subject: no interval."

@@ -6,18 +6,22 @@ import csv
 import dataclasses
 import io
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from cluster.crossval import CrossvalArgs, Plan, plan, report
 from micacl import metrics
-from micacl.crossval import Job, Outcome, claim, claimed, is_done, jobs_of, numbers_of, outcome_of, seeds_of
+from micacl.config import RunConfig
+from micacl.crossval import Job, Outcome, Wanted, claim, claimed, is_done, jobs_of, numbers_of, outcome_of, seeds_of
 from micacl.crossval_page import to_html
 from micacl.crossval_table import Versus, compare_seeds, pooled, rows_of, whole_seeds
-from micacl.crossval_text import Report, text_files
+from micacl.crossval_text import Report, text_files, to_markdown
 from micacl.plots import principal_plane
+from micacl.predictions import embeddings_parquet
 from micacl.recipes import tiny_cpu
 from pipeline.contract import MicaclError
 from pipeline.dataset import open_dataset
@@ -55,7 +59,20 @@ def test_numbers_and_seeds() -> None:
     assert numbers_of("--folds", "1..5") == [1, 2, 3, 4, 5]
     assert numbers_of("--folds", "1,3..4") == [1, 3, 4]
     assert (seeds_of("3"), seeds_of("0,4"), seeds_of("2..4")) == ([0, 1, 2], [0, 4], [2, 3, 4])
-    for bad in ("", "a", "1,1", "5..1", "1,x", "-1", "0"):
+    for bad in (
+        "",
+        "a",
+        "1,1",
+        "5..1",
+        "1,5..3",
+        "1,x",
+        "-1",
+        "0",
+        "2000000000",
+        "1..2000000000",
+        "9" * 5000,
+        "1..1001",
+    ):
         with pytest.raises(MicaclError):
             seeds_of(bad)
 
@@ -144,16 +161,81 @@ def test_pooled_folds_have_every_clip_once(outcomes: list[Outcome]) -> None:
     assert list(one.keys) == sorted({f"{i:04d}_0" for i in range(180)})
 
 
+def wanted_of(job: Job, **changed: Any) -> Wanted:
+    keys = frozenset(f"{i:04d}_0" for i in clips_of(job.fold))
+    return Wanted(**{"sha256": SHA256, "steps": 20, "labels": LABELS, "keys": keys, "validated": True, **changed})
+
+
 def test_done_is_what_has_scores_of_this_config_version_and_step(tmp_path: Path) -> None:
     job = all_jobs(tmp_path)[0]
-    assert not is_done(job, SHA256, 20)
+    assert not is_done(job, wanted_of(job))
     write_run(job, skill=1, clips=clips_of(1))
-    assert is_done(job, SHA256, 20)
-    assert not is_done(job, SHA256, 40)  # evaluated in the middle of the run
-    assert not is_done(job, "6" * 64, 20)
-    assert not is_done(dataclasses.replace(job, config=RECIPES["better"]), SHA256, 20)
+    assert is_done(job, wanted_of(job))
+    assert not is_done(job, wanted_of(job, steps=40))  # evaluated in the middle of the run
+    assert not is_done(job, wanted_of(job, sha256="6" * 64))
+    assert not is_done(job, wanted_of(job, labels=LABELS[::-1]))
+    assert not is_done(job, wanted_of(job, keys=frozenset({"another_0"})))
+    assert not is_done(dataclasses.replace(job, config=RECIPES["better"]), wanted_of(job))
     open_store(job.run).delete("evaluation/test-best/scores.json")
-    assert not is_done(job, SHA256, 20)
+    assert not is_done(job, wanted_of(job))
+
+
+@pytest.mark.parametrize("said", [{"split": "val"}, {"posthoc": {"tau_norm": 1.0}}, {"uar": 0.123}, {"origin": {}}])
+def test_scores_of_something_else_are_not_done(tmp_path: Path, said: dict[str, Any]) -> None:
+    job = all_jobs(tmp_path)[0]
+    write_run(job, skill=1, clips=clips_of(1), validated=False)
+    assert not is_done(job, wanted_of(job))  # there were validation clips, so one checkpoint is the best
+    assert is_done(job, wanted_of(job, validated=False))
+    store, key = open_store(job.run), "evaluation/test/scores.json"
+    store.put(key, json.dumps(json.loads(store.get(key)) | said).encode())
+    assert not is_done(job, wanted_of(job, validated=False))
+
+
+@pytest.mark.parametrize("body", [b"{}", b'{"dataset": {"url": "", "version": 1, "sha256": ""}, "recipes": []}'])
+def test_a_claim_that_is_none(tmp_path: Path, body: bytes) -> None:
+    open_store(str(tmp_path)).put("crossval.json", body)
+    if b"[]" in body:
+        assert claimed(open_store(str(tmp_path))) is not None
+        return
+    with pytest.raises(MicaclError, match=r"crossval\.json"):
+        claimed(open_store(str(tmp_path)))
+
+
+@pytest.mark.parametrize("lines", ['{"step": 1', '{"step":13,"val/uar":null}', '{"loss/total":1.0}'])
+def test_curves_that_are_none(tmp_path: Path, lines: str) -> None:
+    job = all_jobs(tmp_path)[0]
+    write_run(job, skill=1, clips=clips_of(1))
+    open_store(job.run).put("metrics.jsonl", lines.encode())
+    with pytest.raises(MicaclError, match=r"metrics\.jsonl"):
+        outcome_of(job)
+
+
+def test_a_map_of_other_clips_is_left_out(tmp_path: Path) -> None:
+    jobs = all_jobs(tmp_path, [1])[:2]
+    for job, maps in zip(jobs, (True, False), strict=True):
+        write_run(job, skill=1, clips=clips_of(1), maps=maps)
+    whole = to_html(reported([outcome_of(job) for job in jobs]))
+    for damage in (embeddings_parquet(["x_0"], np.zeros((1, 6), np.float32)), b"PAR1"):
+        open_store(jobs[0].run).put("evaluation/test/embeddings.parquet", damage)
+        page = to_html(reported([outcome_of(job) for job in jobs]))
+        assert page.count("<svg") == whole.count("<svg") - 1
+
+
+def reported(outcomes: list[Outcome]) -> Report:
+    return Report(dataset=DATA, labels=LABELS, folds=(1,), seeds=(0,), outcomes=outcomes, rows=rows_of(outcomes))
+
+
+def test_words_in_the_table_are_text(tmp_path: Path) -> None:
+    job = all_jobs(tmp_path)[0]
+    failed = Outcome(job=job, error="a|b\n<img src=x onerror=alert(1)> [x](y)", evaluations={})
+    labels = ("a|b", "<i>", "fear")
+    text = to_markdown(dataclasses.replace(reported([failed]), labels=labels))
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(lines) == 3
+    assert [len(re.findall(r"(?<!\\)\|", line)) for line in lines[:2]] == [16, 16]
+    assert "<i" not in text
+    assert r"a\|b" in text
+    assert "[x](" not in text
 
 
 def test_out_is_of_one_experiment(tmp_path: Path) -> None:
@@ -179,7 +261,7 @@ def test_files_say_the_same(outcomes: list[Outcome], tmp_path: Path) -> None:
     markdown = files["table.md"].decode()
     lines = [line for line in markdown.splitlines() if line.startswith("|")]
     assert len({line.replace("\\|", "").count("|") for line in lines[:6]}) == 1
-    assert f"| {lost.name} | | failed | The loss is not finite \\| on the clips a, b. |" in markdown
+    assert f"| {lost.name} |  | failed | The loss is not finite \\| on the clips a, b. |" in markdown
     runs = list(csv.DictReader(io.StringIO(files["runs.csv"].decode())))
     assert len(runs) == 17 * 2 + 1
     assert [run["error"] for run in runs if run["error"]] == ["The loss is not finite | on the clips a, b."]
@@ -212,10 +294,32 @@ def test_failed_runs_are_in_the_exit_code(outcomes: list[Outcome], tmp_path: Pat
     assert {entry.key for entry in open_store(str(tmp_path / "b")).list()} == names
 
 
+def in_fold(fold: int) -> RunConfig:
+    return dataclasses.replace(tiny_cpu(), train=dataclasses.replace(tiny_cpu().train, fold=fold))
+
+
+def with_classes(config: RunConfig) -> RunConfig:
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, classes=LABELS))
+
+
+def with_weights(config: RunConfig, url: str) -> RunConfig:
+    backbone = dataclasses.replace(config.model.backbone, weights=url)
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, backbone=backbone))
+
+
 def test_what_is_wrong_is_refused_before_anything_is_started(tmp_path: Path) -> None:
     url = make_dataset(tmp_path / "ds", {"train": dict.fromkeys(LABELS, 2), "test": dict.fromkeys(LABELS, 1)}, 0)
     args = CrossvalArgs(dataset=url, out=str(tmp_path / "out"), config=tiny_cpu())
-    assert len(plan(args, RECIPES).jobs) == 6
+    with pytest.raises(MicaclError, match="label"):
+        plan(args, RECIPES)  # seven classes
+    assert claimed(open_store(args.out)) is None  # the corrected command is not refused
+    with pytest.raises(MicaclError, match=r"--train\.fold is 3"):
+        plan(dataclasses.replace(args, config=in_fold(3)), RECIPES)
+    ours = {name: with_classes(config) for name, config in RECIPES.items()}
+    missing = with_weights(ours["base"], str(tmp_path / "none.pth"))
+    with pytest.raises(MicaclError, match="is not there"):
+        plan(args, {**ours, "pretrained": missing})
+    assert len(plan(args, ours).jobs) == 6
     with pytest.raises(MicaclError, match="has no fold 1"):
         plan(dataclasses.replace(args, folds="1..2"), RECIPES)
     with pytest.raises(MicaclError, match="--parallel is 0"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_bundles_are_checked(run: str, tmp_path: Path) -> None:
         load_bundle(str(tmp_path / "bundle"))
     with pytest.raises(MicaclError, match=r"has no bundle\.json"):
         load_bundle(str(tmp_path / "nothing"))
+
+
+def test_a_bundle_is_not_put_into_a_run_and_not_taken_for_another_step(run: str, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "config.json").write_text("{}")  # as `micacl train` leaves it
+    with pytest.raises(MicaclError, match="is a run"):
+        export_bundle(run, str(tmp_path / "run"))
+    assert not (tmp_path / "run" / BUNDLE).exists()
+    made = export_bundle(run, str(tmp_path / "bundle"))
+    assert load_model(str(tmp_path / "bundle"), made.origin["step"]).id == made.id
+    with pytest.raises(MicaclError, match=rf"bundle of step {made.origin['step']}, not 999"):
+        load_model(str(tmp_path / "bundle"), 999)
 
 
 def test_a_temperature_scales_predictions_and_not_scores(run: str, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -182,6 +183,34 @@ def test_pickled_code_is_refused_and_does_not_run(tmp_path: Path) -> None:
 )
 def test_something_that_is_no_state_dict(value: object, tmp_path: Path) -> None:
     assert "is no state dict" in refused(tmp_path, pth(value))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.eye(3).to_sparse(),
+        torch.zeros(1).expand(10**12),
+        torch.quantize_per_tensor(torch.rand(3), 0.1, 0, torch.qint8),
+        torch.rand(3, dtype=torch.complex64),
+        torch.empty(3, device="meta"),
+        torch.nested.nested_tensor([torch.rand(2), torch.rand(3)]),
+    ],
+)
+def test_tensors_that_are_not_plain(tensor: torch.Tensor, tmp_path: Path) -> None:
+    said = refused(tmp_path, pth({"a": tensor}))
+    assert "no plain tensor of real numbers" in said or "cannot be read" in said or "holds more than" in said
+
+
+def test_names_that_are_numbers(tmp_path: Path) -> None:
+    assert "not all of it is names" in refused(tmp_path, pth({1: torch.rand(1), "1": torch.rand(1)}))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for where in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(MicaclError, match="is no file"):
+            read_tensors(str(where))
 
 
 def test_another_hash(tmp_path: Path) -> None:

@@ -58,6 +58,7 @@ def write_evaluation(
     matrix = np.zeros((len(table.labels),) * 2, np.int64)
     np.add.at(matrix, (table.truth_N, table.predicted_N), 1)
     temperature = Temperature(value=1.7, split="val", clips=9, step=step)
+    train_clips = dict(zip(table.labels, TRAIN_CLIPS.values(), strict=True))
     about = {
         "origin": {"step": step},
         "config_hash": "c",
@@ -65,7 +66,7 @@ def write_evaluation(
         "split": split,
         "fold": None,
     }
-    fields = summarise(table, score(matrix, table.labels), train_clips=TRAIN_CLIPS, temperature=temperature)
+    fields = summarise(table, score(matrix, table.labels), train_clips=train_clips, temperature=temperature)
     store = open_store(open_store(run).url(folder_of(split, which)))
     store.put(PREDICTIONS, table.to_parquet())
     store.put(SCORES, canonical_json({**about, **fields, **said}).encode())

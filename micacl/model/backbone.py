@@ -28,6 +28,8 @@ from pipeline.contract import MicaclError
 RESNETS = ("r3d_18", "mc3_18", "r2plus1d_18", "tiny")
 NAMES = (*RESNETS, "videomae")
 NORMS = ("batch", "group")
+MOST_WIDTH = 1024
+"""Sixteen times torchvision's; 8.5 thousand million parameters."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +101,8 @@ class BackboneConfig:
         refuse_unknown("backbone.name", self.name, NAMES)
         refuse_unknown("backbone.norm", self.norm, NORMS)
         refuse_below("backbone.width", self.width, 1)
+        if self.width > MOST_WIDTH:
+            raise MicaclError(f"backbone.width is {self.width}.", "Nothing was built.", f"Use {MOST_WIDTH} at most.")
         refuse_below("backbone.groups", self.groups, 1)
         refuse_unknown("backbone.frame-stage", str(self.frame_stage), ("1", "2", "3", "4"))
         if self.weights_sha256 and not (self.weights and re.fullmatch(r"[0-9a-f]{8,64}", self.weights_sha256)):

@@ -158,7 +158,8 @@ def _prefix(names: Iterable[str], own: set[str]) -> str:
 def read_tensors(url: str, sha256: str = "") -> dict[str, Tensor]:
     """The tensors of a weight file by name, on the CPU. Raises MicaclError.
 
-    Refused: no such file, another hash, code in a pickle, something that is no state dict, numbers that are not finite.
+    Refused: no such file, another hash, code in a pickle, something that is no state dict, tensors that are not plain
+    or are larger than the file, numbers that are not finite.
     """
     root, key = split_url(url)
     store = open_store(root)
@@ -173,10 +174,20 @@ def read_tensors(url: str, sha256: str = "") -> dict[str, Tensor]:
             url, f"has the sha256 {found}, not {sha256}", "Fetch it again, or correct --model.backbone.weights-sha256."
         )
     tensors = _parsed(data, url)
+    odd = [name for name, t in tensors.items() if not _is_plain(t, len(data))]
+    if odd:
+        raise _refused(url, f"has in {odd[0]!r} no plain tensor of real numbers", "Save it dense and dequantised.")
     bad = [name for name, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
         raise _refused(url, f"has numbers that are not finite in {bad[0]!r}", "Use another file.")
     return tensors
+
+
+def _is_plain(tensor: Tensor, most_bytes: int) -> bool:
+    """Dense real numbers, each of which the file holds: a repeated one (stride 0) can stand for terabytes."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor.device.type != "cpu":
+        return False
+    return not tensor.is_complex() and tensor.numel() * tensor.element_size() <= most_bytes
 
 
 def _parsed(data: bytes, url: str) -> dict[str, Tensor]:
@@ -187,9 +198,11 @@ def _parsed(data: bytes, url: str) -> dict[str, Tensor]:
         raise _refused(url, "holds more than tensors, or is damaged", f"No code of it was run. {remedy}") from error
     except Exception as error:  # bytes that are not its own make torch.load raise whatever its parser meets
         raise _refused(url, f"cannot be read as tensors ({type(error).__name__})", remedy) from error
-    if not isinstance(loaded, Mapping) or not loaded or not all(isinstance(t, Tensor) for t in loaded.values()):
+    if not isinstance(loaded, Mapping) or not loaded:
         raise _refused(url, "is no state dict: no names with tensors", remedy)
-    return {str(name): tensor for name, tensor in loaded.items()}
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in loaded.items()):
+        raise _refused(url, "is no state dict: not all of it is names with tensors", remedy)
+    return dict(loaded)
 
 
 def _unpickled(data: bytes) -> Any:

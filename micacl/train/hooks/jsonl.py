@@ -11,10 +11,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from micacl.train.hooks import StepRecord
-from pipeline.contract import canonical_json
+from pipeline.contract import canonical_json, expecting
 from pipeline.storage import Store
 
 METRICS = "metrics.jsonl"
+_SHOWN = ("val/uar", "val/loss")
 
 
 class JsonLines:
@@ -49,6 +50,10 @@ class JsonLines:
 
 
 def read_metrics(store: Store) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """(lines of logs, lines of validations), in the order of their steps."""
-    lines = [json.loads(line) for line in store.get(METRICS).decode().splitlines()]
-    return [x for x in lines if "loss/total" in x], [x for x in lines if "val/uar" in x]
+    """(lines of logs, lines of validations), in the order of their steps. Raises MicaclError for lines not ours."""
+    with expecting(store.url(METRICS)):
+        lines = [json.loads(line) for line in store.get(METRICS).decode().splitlines()]
+        logs, validations = ([x for x in lines if name in x] for name in ("loss/total", "val/uar"))
+        for line, name in [(x, "loss/total") for x in logs] + [(x, n) for x in validations for n in _SHOWN]:
+            float(line["step"]), float(line[name])
+    return logs, validations
