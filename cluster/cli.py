@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import tyro
 
 from pipeline.cli import VERBS as PIPELINE_VERBS
-from pipeline.cli import Arguments, ArgumentsRefused, DatasetUrl, Raw, Verb, absolute, parse, run, say, stop_on_sigterm
+from pipeline.cli import Arguments, DatasetUrl, Raw, Verb, absolute, run, say, stop_on_sigterm
 from pipeline.contract import require_at_least
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
@@ -67,26 +67,15 @@ def doctor(url: Annotated[str | None, tyro.conf.Positional] = None) -> dict[str,
     return {"ok": not bad, "checks": len(checks), "failed": bad, "exit": 2 if bad else 0}
 
 
-def recipe_named(arguments: Arguments, prog: str, more: str = "", several: str = "") -> str:
-    """The first argument, the name of a recipe. Raises ArgumentsRefused after the help was shown."""
-    from micacl.recipes import listing
-
-    name = next(iter(arguments), "")
-    if name in ("-h", "--help"):
-        say(f"usage: {prog} RECIPE{several} {more}[flags]\n\n{listing()}\nflags: {prog} RECIPE --help")
-        raise ArgumentsRefused(0, prog)
-    return name
-
-
 def model(arguments: Arguments, prog: str) -> dict[str, Any]:
     """`micacl model RECIPE [flags]`: counts at its instances, frames and side; how a named weight file fits."""
+    from cluster.recipe_args import parse_recipe, recipe_named
     from micacl.config import RunConfig
     from micacl.model.count import count_model
     from micacl.model.weights import check_encoder_weights
-    from micacl.recipes import about, recipe
 
     name = recipe_named(arguments, prog)
-    config: RunConfig = parse(RunConfig, f"{prog} {name}", about(name), arguments[1:], default=recipe(name))
+    config: RunConfig = parse_recipe(RunConfig, name, prog, arguments[1:], default=lambda config: config)
     weights = check_encoder_weights(config.model.backbone)
     count = count_model(config.model, config.stream.frames, config.batch.side)
     say(count.to_text())
@@ -100,14 +89,19 @@ model.takes_arguments = True  # type: ignore[attr-defined]
 
 def train(arguments: Arguments, prog: str) -> dict[str, Any]:
     """`micacl train RECIPE DATASET RUN [flags]`; the recipe decides the defaults of the flags."""
+    from cluster.recipe_args import parse_recipe, recipe_named
     from cluster.train import TrainArgs, check_run
     from cluster.train import train as job
-    from micacl.recipes import about, recipe
     from pipeline.ray_local import ray_session
 
     name = recipe_named(arguments, prog, "DATASET RUN ")
-    default = TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=recipe(name))
-    args: TrainArgs = parse(TrainArgs, f"{prog} {name}", about(name), arguments[1:], default=default)
+    args: TrainArgs = parse_recipe(
+        TrainArgs,
+        name,
+        prog,
+        arguments[1:],
+        default=lambda config: TrainArgs(dataset=tyro.MISSING, run=tyro.MISSING, config=config),
+    )
     dataset, run_url = absolute(args.dataset), absolute(args.run)
     from_run = absolute(args.from_run) if args.from_run else None
     data = check_run(dataset, run_url, args.config, args.scaling, args.version, from_run)
@@ -207,14 +201,20 @@ def crossval(arguments: Arguments, prog: str) -> dict[str, Any]:
 
     from cluster.crossval import CrossvalArgs, plan
     from cluster.crossval import crossval as job
-    from micacl.recipes import about, expand, recipe
+    from cluster.recipe_args import parse_recipe, recipe_named
+    from micacl.recipes import expand
     from pipeline.ray_local import ray_session
 
     names = expand(recipe_named(arguments, prog, "DATASET OUT ", "[,RECIPE...]"))
     parsed: dict[str, CrossvalArgs] = {}
     for name in names:
-        default = CrossvalArgs(dataset=tyro.MISSING, out=tyro.MISSING, config=recipe(name))
-        parsed[name] = parse(CrossvalArgs, f"{prog} {name}", about(name), arguments[1:], default=default)
+        parsed[name] = parse_recipe(
+            CrossvalArgs,
+            name,
+            prog,
+            arguments[1:],
+            default=lambda config: CrossvalArgs(dataset=tyro.MISSING, out=tyro.MISSING, config=config),
+        )
     first = next(iter(parsed.values()))
     args = replace(first, dataset=absolute(first.dataset), out=absolute(first.out))
     todo, scaling = plan(args, {name: of.config for name, of in parsed.items()}), args.scaling

@@ -105,21 +105,22 @@ def baseline(config: RunConfig) -> RunConfig:
 
 
 def _with_part(name: str) -> Change:
-    """`baseline` and one part as the recipe has it."""
+    """`baseline` and one part as the recipe has it; at its defaults if the recipe does without."""
 
     def change(config: RunConfig) -> RunConfig:
-        plain = baseline(config)
+        plain, whole = baseline(config), everything(config)
         if name == "mccl":
-            return _mccl(plain, config)
-        return replace(plain, model=replace(plain.model, **{name: getattr(config.model, name)}))
+            return _with_mccl(plain, whole)
+        return replace(plain, model=replace(plain.model, **{name: getattr(whole.model, name)}))
 
     change.__doc__ = f"`baseline`, and {name.upper()} as the recipe has it."
     return change
 
 
-def _mccl(config: RunConfig, like: RunConfig) -> RunConfig:
+def _with_mccl(config: RunConfig, like: RunConfig) -> RunConfig:
+    """MCCL as `like` has it; of the loss nothing else changes."""
     model = replace(config.model, projection_dim=like.model.projection_dim, prototypes=like.model.prototypes)
-    return replace(config, model=model, loss=replace(like.loss, name=config.loss.name, mccl=True))
+    return replace(config, model=model, loss=replace(config.loss, mccl=True))
 
 
 def _long_tail(policy: str, **loss: Any) -> Change:
@@ -138,7 +139,9 @@ def _long_tail(policy: str, **loss: Any) -> Change:
 def ldam_drw(config: RunConfig) -> RunConfig:
     """LDAM on a cosine head, clips weighted by class over the last fifth of the epochs (Cao et al., NeurIPS 2019)."""
     config = _long_tail("natural", name="ldam", ldam_margin=0.5 * _COSINE_SCALE, drw_from=0.8)(config)
-    return replace(config, model=replace(config.model, head="cosine", cosine_scale=_COSINE_SCALE))
+    # The margin is half the scale, which therefore must not be learned.
+    model = replace(config.model, head="cosine", cosine_scale=_COSINE_SCALE, cosine_learned=False)
+    return replace(config, model=model)
 
 
 def crt(config: RunConfig) -> RunConfig:
@@ -153,16 +156,22 @@ def _mccl_with(policy: str, **loss: Any) -> Change:
     """MCCL as the recipe has it, beside another plan or classification loss."""
 
     def change(config: RunConfig) -> RunConfig:
-        plain = _long_tail(policy, **loss)(config)
-        return replace(_mccl(plain, config), plan=plain.plan)
+        return _with_mccl(_long_tail(policy, **loss)(config), everything(config))
 
     change.__doc__ = f"MCCL, with the plan {policy} and {loss or 'cross entropy'}."
     return change
 
 
 def everything(config: RunConfig) -> RunConfig:
-    """All parts, as the recipe has them."""
-    return config
+    """All parts as the recipe has them; at their defaults those that it does without."""
+    model, plain = config.model, ModelConfig()
+    changed = replace(
+        model,
+        geiim=model.geiim if model.geiim.enabled else plain.geiim,
+        wian=plain.wian if model.wian.kind == "mean" else model.wian,
+        projection_dim=model.projection_dim or plain.projection_dim,
+    )
+    return replace(config, model=changed, loss=replace(config.loss, mccl=True))
 
 
 PARTS: dict[str, Change] = {
@@ -194,9 +203,13 @@ SETS: dict[str, tuple[str, ...]] = {
 
 def recipe(name: str) -> RunConfig:
     """`BASE` or `BASE+CHANGE+...` to its config. Raises MicaclError for an unknown name, with the nearest ones."""
-    base, *changes = name.split("+")
-    config: RunConfig = _known(base, RECIPES, "recipe")()
-    for change in changes:
+    base, _, changes = name.partition("+")
+    return changed(_known(base, RECIPES, "recipe")(), changes)
+
+
+def changed(config: RunConfig, changes: str) -> RunConfig:
+    """A config after `CHANGE+CHANGE...`; empty changes nothing. Raises MicaclError for an unknown one."""
+    for change in changes.split("+") if changes else ():
         config = _known(change, CHANGES, "change of a recipe")(config)
     return config
 
@@ -217,13 +230,18 @@ def listing() -> str:
 
 
 def expand(names: str) -> list[str]:
-    """`a,b+set` to the names of single recipes: a set stands for one recipe a change. Raises MicaclError."""
+    """`a,b+set` to the names of single recipes: a set stands for one recipe a change, those that are one config for the
+    first of them. Raises MicaclError.
+    """
     out: list[str] = []
     for name in names.split(","):
         head, _, last = name.strip().rpartition("+")
-        out += [f"{head}+{change}" for change in SETS[last]] if head and last in SETS else [name.strip()]
-    for name in out:
-        recipe(name)
+        if head and last in SETS:
+            of_set = {recipe(f"{head}+{change}").hash: f"{head}+{change}" for change in reversed(SETS[last])}
+            out += reversed(of_set.values())
+        else:
+            recipe(name.strip())
+            out.append(name.strip())
     return list(dict.fromkeys(out))
 
 

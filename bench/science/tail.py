@@ -44,9 +44,18 @@ def full(epochs: int) -> RunConfig:
     return replace(config, model=model, loss=LossConfig(), batch=batch)
 
 
+SMOOTHED = "oversampling, smoothing 0.1"
+
+
+def smoothed(config: RunConfig, name: str) -> RunConfig:
+    """A change of the recipes, with label smoothing."""
+    changed = CHANGES[name](config)
+    return replace(changed, loss=replace(changed.loss, label_smoothing=0.1))
+
+
 def variants(config: RunConfig) -> dict[str, RunConfig]:
-    """Of MCCL beside oversampling: what it takes to help, one change at a time."""
-    start = CHANGES["mccl-oversampling"](config)
+    """Of MCCL beside oversampling and label smoothing: what it takes to help, one change at a time."""
+    start = smoothed(config, "mccl-oversampling")
 
     def loss(**fields: Any) -> RunConfig:
         return replace(start, loss=replace(start.loss, **fields))
@@ -81,9 +90,10 @@ def variants(config: RunConfig) -> dict[str, RunConfig]:
 def experiments(which: str, epochs: int) -> list[Experiment]:
     config = full(epochs)
     if which == "variants":
-        beside = {name: CHANGES[name](config) for name in (PRICE, "mccl-oversampling")}
+        beside = {SMOOTHED: smoothed(config, PRICE), "mccl-oversampling": smoothed(config, "mccl-oversampling")}
         return [Experiment(name=name, config=c) for name, c in (beside | variants(config)).items()]
-    return [Experiment(name=name, config=CHANGES[name](config), posthoc=name == "cross-entropy") for name in LONG_TAIL]
+    rows = {**{name: CHANGES[name](config) for name in LONG_TAIL}, SMOOTHED: smoothed(config, PRICE)}
+    return [Experiment(name=name, config=c, posthoc=name == "cross-entropy") for name, c in rows.items()]
 
 
 def numbers(result: dict[str, Any], matrix: list[list[int]]) -> dict[str, float]:
