@@ -9,7 +9,7 @@ import tyro
 
 from pipeline.cli import VERBS as PIPELINE_VERBS
 from pipeline.cli import Arguments, DatasetUrl, Raw, Verb, absolute, run, say, stop_on_sigterm
-from pipeline.contract import require_at_least
+from pipeline.contract import MicaclError, require_at_least
 
 Model = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
 Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -254,6 +254,12 @@ def export(
     from pipeline.storage import open_store
 
     store = open_store(absolute(run))
+    if temperature == "auto" and (tau_norm or adjust):
+        raise MicaclError(
+            "--temperature auto stands with --tau-norm or --adjust.",
+            "That temperature was fitted to the unchanged scores; no bundle was written.",
+            "Give a number, or leave one of them out.",
+        )
     chosen = step if step is not None else step_of(store, checkpoint)
     if chosen is None:
         chosen = read_checkpoint(store).step

@@ -125,6 +125,7 @@ def crossval(todo: Plan, args: CrossvalArgs, say: Callable[[str], None]) -> dict
     left = [job for job in todo.jobs if not _is_done(job, todo.dataset)]
     say(f"{len(todo.jobs)} runs, {len(todo.jobs) - len(left)} of them done")
     errors = _run_all(left, args, todo, say)
+    say("writing the table")
     outcomes = [_outcome(job, errors.get(job.name, "")) for job in todo.jobs]
     return {**report(todo, args.out, outcomes, say), "runs_now": len(left)}
 

@@ -79,7 +79,7 @@ def write_evaluation(
     else:
         store.delete(EMBEDDINGS)  # of an evaluation before
     store.put(SCORES, canonical_json(summary).encode())
-    return {**summary, "text": to_text(scores, fields), "out": out_url}
+    return {**summary, "text": to_text(scores, fields, changed=bool(bundle.posthoc)), "out": out_url}
 
 
 def _temperature(bundle: Bundle, predictions: Predictions, split: str) -> Temperature | None:

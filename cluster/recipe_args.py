@@ -1,4 +1,4 @@
-"""`RECIPE+CHANGE [flags]` of a command line -> a config: the recipe's defaults, the flags, the changes, the flags again.
+"""`RECIPE+CHANGE [flags]` of a command line -> a config: recipe, flags, changes, and the flags again.
 
 A change may look at what the flags say (`+crt` switches after four fifths of --train.epochs), and a flag that is given
 has the last word.

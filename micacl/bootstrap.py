@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 
 DRAWS = 2000
 LEVEL = 0.95
+FEWEST_RESOLVED = 6
+"""Subjects, or clips: of fewer, not even all of them moving one way would be less than 5 % likely by chance."""
 FEW_UNITS = 10
 """Below this an interval is said to be rough, whatever is done to it."""
 _CHUNK = 2**24
@@ -60,6 +62,8 @@ class Units:
         code_N = np.array([number.setdefault(name, len(number)) for name in names], np.int64)
         kind = "subject" if known else "clip"
         note = "" if len(number) >= FEW_UNITS else f"Only {len(number)} {kind}s: a rough interval."
+        if len(number) < FEWEST_RESOLVED:
+            note = f"Only {len(number)} {kind}s: a rough interval, and no difference is called resolved."
         if len(number) == 1:
             note = f"Only 1 {kind}: no interval."
         if not known:

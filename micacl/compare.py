@@ -135,7 +135,8 @@ def words(units: Units, rows: Sequence[Difference]) -> list[str]:
             f"interval by {units.kind} disagree; the interval counts, since clips of one person are not independent."
         )
     out.append(
-        "Resolved means: the 95 % interval leaves out 0; for a class also a McNemar p below 0.05 after Holm's "
-        "correction over the classes. Another seed is a difference of its own: `micacl crossval` shows it."
+        "Resolved means: the 95 % interval leaves out 0; for a class also a McNemar p below 0.05. The p of a class is "
+        "corrected over the classes (Holm), that of WAR is not. Another seed is a difference of its own: "
+        "`micacl crossval` shows it."
     )
     return [*out, *([units.note] if units.note else [])]

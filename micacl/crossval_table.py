@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from micacl.bootstrap import Interval, Ints, Units, intervals, paired_intervals
+from micacl.bootstrap import FEWEST_RESOLVED, Interval, Ints, Units, intervals, paired_intervals
 from micacl.calibration import Floats, at_temperature
 from micacl.crossval import WHICH, Outcome
 from micacl.metrics import Scores, group_recalls, long_tail_groups
@@ -48,6 +48,8 @@ class Versus:
     by_seed: tuple[float, ...]
     by_subject: Interval
     """95 %, of the mean over these seeds."""
+    units: int = FEWEST_RESOLVED
+    """Subjects, or clips, of which that interval is."""
 
     @property
     def interval(self) -> Interval:
@@ -63,7 +65,8 @@ class Versus:
 
     @property
     def resolved(self) -> bool:
-        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+        interval = self.interval if self.units >= FEWEST_RESOLVED else None
+        return interval is not None and not interval[0] <= 0 <= interval[1]
 
     def to_dict(self) -> dict[str, Any]:
         return {**asdict(self), "interval": self.interval, "resolved": self.resolved}
@@ -185,7 +188,7 @@ def compare_seeds(first: Mapping[int, list[Evaluation]], other: Mapping[int, lis
     out = {}
     for name in ("uar", "war"):
         by_seed = tuple(getattr(y, name) - getattr(x, name) for x, y in scores)
-        out[name] = Versus(mean=float(np.mean(by_seed)), by_seed=by_seed, by_subject=found[name])
+        out[name] = Versus(mean=float(np.mean(by_seed)), by_seed=by_seed, by_subject=found[name], units=units.units)
     return out
 
 

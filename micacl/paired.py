@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from micacl.bootstrap import DRAWS, Interval, Ints, Units, counts_of, paired_intervals
+from micacl.bootstrap import DRAWS, FEWEST_RESOLVED, Interval, Ints, Units, counts_of, paired_intervals
 from micacl.bootstrap import recall as recalls
 
 SIGNIFICANT = 0.05
@@ -82,21 +82,30 @@ def compare(
     uar_a, uar_b = (float(np.mean([r for r in x if r is not None])) for x in (recall_a, recall_b))
     only_a, only_b = _discordant(right_a_N, right_b_N, np.ones(len(truth_N), bool))
     common = {"only_a": only_a, "only_b": only_b}
+    common["units"] = units.units
     out = [
         _difference("UAR", uar_a, uar_b, intervals["uar"], p=None, **common),
         _difference("WAR", right_a_N.mean(), right_b_N.mean(), intervals["war"], p=mcnemar(only_a, only_b), **common),
     ]
     for k, word in enumerate(classes):
-        alone = dict(zip(("only_a", "only_b"), of_class[k], strict=True))
+        alone = dict(zip(("only_a", "only_b", "units"), (*of_class[k], units.units), strict=True))
         found = _difference(word, recall_a[k], recall_b[k], intervals["recall"][k], p=p_of.get(k), **alone)
         out.append(found)
     return out
 
 
 def _difference(
-    name: str, a: float | None, b: float | None, interval: Interval, *, p: float | None, only_a: int, only_b: int
+    name: str,
+    a: float | None,
+    b: float | None,
+    interval: Interval,
+    *,
+    p: float | None,
+    only_a: int,
+    only_b: int,
+    units: int,
 ) -> Difference:
-    apart = interval is not None and not interval[0] <= 0 <= interval[1]
+    apart = units >= FEWEST_RESOLVED and interval is not None and not interval[0] <= 0 <= interval[1]
     of_class = name not in ("UAR", "WAR")
     return Difference(
         name=name,

@@ -34,6 +34,8 @@ from pipeline.contract import MicaclError, expecting, json_object, require_betwe
 from pipeline.storage import open_store
 
 OF_BUNDLE = "of the bundle"
+FEW_CLIPS = 100
+"""Of validation, for a temperature."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -121,26 +123,29 @@ def _calibration(p_NK: Floats, truth_N: Ints) -> dict[str, Any]:
     }
 
 
-def to_text(scores: Scores, fields: Mapping[str, Any]) -> str:
-    """Lines for people, in percent."""
+def to_text(scores: Scores, fields: Mapping[str, Any], *, changed: bool = False) -> str:
+    """Lines for people, in percent. `changed`: the classifier is not as it was trained."""
     found = fields["intervals"]
     lines = [scores.to_text()]
     spans = ((name.upper(), found[name]) for name in ("war", "uar"))
     said = [f"{name} {100 * x[0]:.1f} to {100 * x[1]:.1f}" for name, x in spans if x is not None]
     if said:
         lines.append(f"95 % by {found['by']} ({found['units']}): {', '.join(said)}. {found['note']}".rstrip())
-    lines.append(_calibration_text(fields["calibration"]))
+    lines.append(_calibration_text(fields["calibration"], changed=changed))
     return "\n".join(lines)
 
 
-def _calibration_text(fields: Mapping[str, Any]) -> str:
+def _calibration_text(fields: Mapping[str, Any], *, changed: bool) -> str:
     before, after, temperature = fields["before"]["ece"], fields["after"], fields["temperature"]
     text = f"ECE {100 * before:.2f}"
+    if temperature is None and changed:
+        return f"{text} (no temperature: those of validation are of the unchanged scores)"
     if temperature is None:
         return f"{text} (no temperature: `micacl evaluate ... --split val` fits one, if the run has validation clips)"
     if after is None:
         return f"{text} (no temperature: any is as good on {temperature['split']})"
-    fitted = f"fitted on {temperature['clips']} clips of {temperature['split']}"
+    few = "" if temperature["clips"] >= FEW_CLIPS else ", which is few: it may do harm"
+    fitted = f"fitted on {temperature['clips']} clips of {temperature['split']}{few}"
     where = f"T {temperature['value']:.3f}, {OF_BUNDLE if temperature['split'] == OF_BUNDLE else fitted}"
     return f"{text}, {100 * after['ece']:.2f} at {where}"
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from pipeline import wire
 from pipeline.clip import Cropped, quarantined
-from pipeline.contract import CropConfig, Quarantined, Reason
+from pipeline.contract import CropConfig, MicaclError, Quarantined, Reason
 from pipeline.raw import RawClip
 
 _CHILD = (sys.executable, "-m", "pipeline.sandbox_child")
@@ -58,7 +58,7 @@ class Sandbox:
     def crop(self, raw: RawClip, *, name: str, video_id: str, config: CropConfig) -> Cropped:
         """What `pipeline.clip.crop_clip` makes of the clip, or why the child died of it: TOO_SLOW or CRASHED.
 
-        Raises MicaclError as itself, and SandboxFailure for a fault of code: in the child, or if no child starts.
+        Raises MicaclError as itself, also if no child starts, and SandboxFailure for a fault of code in the child.
         """
         header = wire.request_header(raw, name, video_id, config)
         try:
@@ -99,7 +99,11 @@ class Sandbox:
             code = _wait(child)
             said = f"{_ending(code)}. {_last_words(child)}"
             self.close()
-        raise wire.SandboxFailure(f"The process for decoding does not start: {said}")
+        raise MicaclError(
+            f"The process for decoding does not start: {said}",
+            "The command stopped; what was finished is kept.",
+            "The machine may be short of memory or of time: give it fewer --workers, and run the same command again.",
+        )
 
     def _running(self) -> subprocess.Popen[bytes]:
         if self._child is None or self._child.poll() is not None:

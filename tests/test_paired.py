@@ -97,3 +97,14 @@ def test_of_equal_runs_few_are_called_different() -> None:
         of_class += any(row.resolved for row in rows[2:])
     assert of_uar / 200 < 0.1
     assert of_class / 200 < 0.07
+
+
+def test_of_few_people_nothing_is_resolved() -> None:
+    """One more right clip of each of them makes an interval without width."""
+    truth_N = np.zeros(60, np.int64)
+    for people, resolved in ((3, False), (5, False), (6, True)):
+        units = Units.of([f"v{i}_0" for i in range(60)], [f"s{i % people}" for i in range(60)])
+        b_N = np.ones(60, np.int64)
+        b_N[:people] = 0
+        rows = compare(units, truth_N, np.ones(60, np.int64), b_N, CLASSES)
+        assert [row.resolved for row in rows[:2]] == [resolved, resolved]

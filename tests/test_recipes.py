@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from cluster.recipe_args import parse_recipe
 from micacl.batch import collate, to_input
 from micacl.config import RunConfig, from_dict, to_dict
 from micacl.loss.objective import Objective, require_projections
 from micacl.loss.progress import Progress
+from micacl.model.count import count_model
 from micacl.model.micacl import build_model
 from micacl.recipes import CHANGES, LONG_TAIL, PARTS, RECIPES, SETS, expand, recipe
 from micacl.train.engine import PlainEngine
@@ -73,7 +75,7 @@ def test_parts_differ_from_the_baseline_in_one_place() -> None:
         assert config != plain
         assert config.loss == plain.loss
     with_mccl = recipe("tiny-cpu+mccl")
-    assert with_mccl.loss == recipe("tiny-cpu").loss
+    assert with_mccl.loss == dataclasses.replace(plain.loss, mccl=True)
     assert dataclasses.replace(with_mccl.model, projection_dim=0) == plain.model
     assert recipe("tiny-cpu+all") == recipe("tiny-cpu")
 
@@ -90,6 +92,46 @@ def test_long_tail_methods_keep_the_model_and_the_length() -> None:
         assert config.train.epochs == base.train.epochs
         assert config.loss.mccl == name.startswith("mccl")
     assert len({recipe(f"tiny-cpu+{name}").hash for name in LONG_TAIL}) == len(LONG_TAIL)
+
+
+@pytest.mark.parametrize("base", RECIPES)
+@pytest.mark.parametrize("method", ["natural", "oversampling", "balanced-softmax"])
+def test_mccl_is_all_that_its_rows_add(base: str, method: str) -> None:
+    without = recipe(f"{base}+{'cross-entropy' if method == 'natural' else method}")
+    config = recipe(f"{base}+mccl-{method}")
+    assert config.loss == dataclasses.replace(without.loss, mccl=True)
+    assert dataclasses.replace(config, loss=without.loss, model=without.model) == without
+    require_projections(config.loss, config.model)
+
+
+def test_parts_that_a_recipe_does_without_are_at_their_defaults() -> None:
+    assert recipe("m3dfel+geiim").model.geiim.enabled
+    require_projections(recipe("m3dfel+mccl").loss, recipe("m3dfel+mccl").model)
+    whole = recipe("m3dfel+all")
+    assert (whole.model.geiim.enabled, whole.model.wian.kind, whole.loss.mccl) == (True, "dliam", True)
+    names = expand("m3dfel+ablation")
+    assert len({recipe(name).hash for name in names}) == len(names) == len(CHANGES) - 1
+    assert "m3dfel+label-smoothing" not in names  # it is m3dfel+wian
+
+
+def parsed(name: str, *flags: str) -> RunConfig:
+    config: RunConfig = parse_recipe(RunConfig, name, "micacl model", flags, default=lambda config: config)
+    return config
+
+
+def test_changes_see_the_flags_and_flags_have_the_last_word() -> None:
+    config = parsed("tiny-cpu+crt", "--train.epochs", "5")
+    assert (config.train.retrain_head_from, config.plan.then_from) == (4, 4)
+    assert parsed("tiny-cpu+crt", "--train.epochs", "5", "--train.retrain-head-from", "2").train.retrain_head_from == 2
+    assert parsed("tiny-cpu+ldam-drw", "--loss.ldam-margin", "3").loss.ldam_margin == 3
+    assert parsed("tiny-cpu+ldam-drw") == recipe("tiny-cpu+ldam-drw")
+    assert parsed("tiny-cpu", "--train.epochs", "5").train.epochs == 5
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_every_change_is_counted(name: str) -> None:
+    config = recipe(f"tiny-cpu+{name}")
+    assert count_model(config.model, config.stream.frames, config.batch.side).to_dict()
 
 
 def test_the_second_stage_and_the_level_plan_begin_together() -> None:

@@ -31,6 +31,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from micacl.model.numeric import without_autocast
+
 IGNORED = -1
 """Label of an embedding that takes no part: a missing instance. Any negative label is ignored."""
 
@@ -76,7 +78,7 @@ def mccl_per_anchor(
     more: More | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(losses_M, counted_M): l_i of every anchor, 0 where it does not count, and whether it counts."""
-    with torch.autocast(features_MP.device.type, enabled=False):
+    with without_autocast(features_MP):
         wide_MP = _wide(features_MP)
         all_AP = wide_MP if more is None else torch.cat([wide_MP, more.features_QP.to(wide_MP)])
         labels_A = labels_M if more is None else torch.cat([labels_M, more.labels_Q.to(labels_M)])

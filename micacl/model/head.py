@@ -16,7 +16,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from micacl.model.numeric import unit
+from micacl.model.numeric import unit, without_autocast
 
 HEADS = ("linear", "cosine")
 
@@ -38,7 +38,7 @@ class CosineHead(nn.Module):
 
     def forward(self, x_BD: Tensor) -> Tensor:
         """(B, K), in float32 or wider, also under autocast."""
-        with torch.autocast(x_BD.device.type, enabled=False):
+        with without_autocast(x_BD):
             return self.scale * (unit(x_BD) @ unit(self.weight).T)
 
 
