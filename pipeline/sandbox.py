@@ -58,7 +58,7 @@ class Sandbox:
     def crop(self, raw: RawClip, *, name: str, video_id: str, config: CropConfig) -> Cropped:
         """What `pipeline.clip.crop_clip` makes of the clip, or why the child died of it: TOO_SLOW or CRASHED.
 
-        Raises MicaclError as itself, also if no child starts, and SandboxFailure for a fault of code in the child.
+        Raises MicaclError as itself, also if no child starts in time, and SandboxFailure for a fault of code in it.
         """
         header = wire.request_header(raw, name, video_id, config)
         try:
@@ -86,7 +86,7 @@ class Sandbox:
 
     def _give(self, header: wire.Header, blobs: Sequence[bytes]) -> subprocess.Popen[bytes]:
         """Hand the clip to a child. One that dies before it has taken it is not the clip's fault: start another."""
-        said = ""
+        said, code = "", 0
         for _ in range(_STARTS):
             child = self._running()
             with _killed_after(child, _START_S):
@@ -99,6 +99,8 @@ class Sandbox:
             code = _wait(child)
             said = f"{_ending(code)}. {_last_words(child)}"
             self.close()
+        if code != -signal.SIGKILL:
+            raise wire.SandboxFailure(f"The process for decoding does not start: {said}")
         raise MicaclError(
             f"The process for decoding does not start: {said}",
             "The command stopped; what was finished is kept.",

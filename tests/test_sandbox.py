@@ -257,6 +257,12 @@ def test_a_child_that_does_not_start_says_why() -> None:
         run(Sandbox((sys.executable, "-c", "import gone")), b"x")
 
 
+def test_a_child_that_starts_too_slowly_is_said_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "_START_S", 0.2)
+    with pytest.raises(MicaclError, match=r"does not start: .*SIGKILL.*fewer --workers"):
+        run(Sandbox((sys.executable, "-c", "import time; time.sleep(60)")), b"x")
+
+
 @pytest.mark.parametrize("body", ["import numpy; numpy.ones(2**40)", "bytearray(2**40)", "[0] * 2**36"])
 def test_memory_has_a_cap(box: Callable[..., Sandbox], face_video: Callable[..., bytes], body: str) -> None:
     made = run(one := box(body), face_video(), "bad")
