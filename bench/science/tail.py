@@ -136,9 +136,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--only", default="", help="methods whose name contains this; oversampling always")
+    parser.add_argument(
+        "--only", default="", help="methods whose names contain one of these words; oversampling always"
+    )
     args = parser.parse_args()
-    chosen = [e for e in experiments(args.which, args.epochs) if args.only in e.name or e.name == PRICE]
+    words = args.only.split(",")
+    rows = experiments(args.which, args.epochs)
+    chosen = [e for e in rows if e.name in (PRICE, SMOOTHED) or any(word in e.name for word in words)]
     results = run_all(chosen, args.dataset, range(args.seeds), args.out, args.processes)
     rows: dict[str, list[dict[str, float]]] = {}
     for result in results:
