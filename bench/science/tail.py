@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument(
+    parser.add_argument("--only", default="", help="rows whose names contain one of these words; oversampling always")
         "--only", default="", help="methods whose names contain one of these words; oversampling always"
     )
     args = parser.parse_args()
