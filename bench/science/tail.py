@@ -137,8 +137,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--only", default="", help="rows whose names contain one of these words; oversampling always")
-        "--only", default="", help="methods whose names contain one of these words; oversampling always"
-    )
     args = parser.parse_args()
     words = args.only.split(",")
     rows = experiments(args.which, args.epochs)
