@@ -99,6 +99,8 @@ def run(verbs: Mapping[str, Verb], prog: str, arguments: Arguments) -> int:
     except MicaclError as error:
         return _fail(error.cause, error.consequence, error.remedy)
     except (KeyboardInterrupt, SystemExit):
+        # What was half made at that moment (a Ray handle) complains when it is unmade; the interruption is said below.
+        sys.unraisablehook = lambda _: None
         _fail("Interrupted.", "What was finished is kept.", "The same command goes on from there.")
         return EXIT_INTERRUPTED
     except OSError as error:  # a folder where a file should be, no rights, a full disk: not a failure of code
