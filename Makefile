@@ -14,7 +14,7 @@ REQUIREMENTS := pyproject.toml constraints.txt requirements-demo.txt
 
 help:
 	@echo "make demo         install, then the whole chain on synthetic faces (about 4 minutes after the install)"
-	@echo "make test         install, then all tests      make test-quick   those that take under 3 minutes"
+	@echo "make test         install, then all tests      make test-quick   those that take about 3 minutes"
 	@echo "make check        lint, types, imports, quick tests with coverage"
 	@echo "make env          install only                 make clean        remove the environment and demo-out"
 

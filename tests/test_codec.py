@@ -299,6 +299,7 @@ def test_huge_pictures_are_not_decoded() -> None:
     refused(data, "Invalid data", frames=2)
 
 
+@pytest.mark.slow
 def test_many_pictures_in_few_bytes_are_not_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
     data = foreign_stream(2000, 32, 32)
     assert len(data) < 100_000

@@ -210,6 +210,7 @@ def test_curves_that_are_none(tmp_path: Path, lines: str) -> None:
         outcome_of(job)
 
 
+@pytest.mark.slow
 def test_a_map_of_other_clips_is_left_out(tmp_path: Path) -> None:
     jobs = all_jobs(tmp_path, [1])[:2]
     for job, maps in zip(jobs, (True, False), strict=True):

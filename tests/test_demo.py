@@ -193,6 +193,7 @@ def test_broken_files_are_broken_as_named(small: tuple[Bucket, dict[str, Any]], 
     assert not any(count_faces(detector, frame) for frame in frames)
 
 
+@pytest.mark.slow
 def test_detector_finds_one_face_for_every_subject_and_class(detector: cv2.FaceDetectorYN) -> None:
     config = DemoConfig()
     looks = {name: make_subject(random_stream(config, "subject", name)) for name in subject_names(config)}

@@ -363,6 +363,7 @@ def forget_s1(url: str) -> None:
     forget(url, subjects=["s1"], delete=True)
 
 
+@pytest.mark.slow
 def test_killed_at_any_write_the_same_command_ends_alike(
     template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,6 +79,7 @@ def test_folders_of_images_are_clips(raw: LocalStore, bundle: str, tmp_path: Pat
     assert {name: row["box"][2] for name, row in rows_of(done).items()} == {"faces/a": SIDE, "frames/b": SIDE}
 
 
+@pytest.mark.slow
 def test_frames_of_another_kind_are_refused(raw: LocalStore, bundle: str, tmp_path: Path) -> None:
     done = micacl("predict", bundle, raw.url("t.csv"), str(tmp_path), "--source", "table", "--frames", "images")
     assert (done.code, done.result["error"]["cause"][:19]) == (2, "--frames is 'images")

@@ -235,6 +235,7 @@ def objects_of(store: LocalStore) -> list[str]:
     return [version_key(1), *lists, *(s["index"]["path"] for s in shards), *(s["path"] for s in shards)]
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_any_changed_byte_is_found_and_named(whole: LocalStore, data: st.DataObject) -> None:
@@ -361,6 +362,7 @@ def test_copies_in_two_folds_are_suspected(tmp_path: Path) -> None:
     assert "'a' (fold-1) and 'b' (fold-4)" in result["problems"][0]["what"]
 
 
+@pytest.mark.slow
 def test_exit_codes_tell_damage_from_leaks(tmp_path: Path) -> None:
     copies = [(a_video("a"), hash_near(1)), (a_video("b", "test"), hash_near(1))]
     store = place(tmp_path / "copies", copies)
