@@ -81,14 +81,13 @@ def compare(
     p_of = dict(zip([k for k in range(count) if recall_a[k] is not None], _class_p(recall_a, of_class), strict=True))
     uar_a, uar_b = (float(np.mean([r for r in x if r is not None])) for x in (recall_a, recall_b))
     only_a, only_b = _discordant(right_a_N, right_b_N, np.ones(len(truth_N), bool))
-    common = {"only_a": only_a, "only_b": only_b}
-    common["units"] = units.units
+    common = {"only_a": only_a, "only_b": only_b, "units": units.units}
     out = [
         _difference("UAR", uar_a, uar_b, intervals["uar"], p=None, **common),
         _difference("WAR", right_a_N.mean(), right_b_N.mean(), intervals["war"], p=mcnemar(only_a, only_b), **common),
     ]
     for k, word in enumerate(classes):
-        alone = dict(zip(("only_a", "only_b", "units"), (*of_class[k], units.units), strict=True))
+        alone = {"only_a": of_class[k][0], "only_b": of_class[k][1], "units": units.units}
         found = _difference(word, recall_a[k], recall_b[k], intervals["recall"][k], p=p_of.get(k), **alone)
         out.append(found)
     return out

@@ -114,6 +114,11 @@ def test_bad_values_name_their_flag(said: Callable[..., str], tmp_path: Path) ->
         assert flag in done.stderr
 
 
+def test_a_temperature_of_other_scores(said: Callable[..., str], tmp_path: Path) -> None:
+    flags = ("--temperature", "auto", "--tau-norm", "1")
+    assert "fitted to the unchanged scores" in said("export", str(tmp_path / "run"), str(tmp_path / "bundle"), *flags)
+
+
 def test_the_demo_does_not_empty_a_folder_it_did_not_make(said: Callable[..., str], tmp_path: Path) -> None:
     (tmp_path / "precious.txt").write_text("mine")
     assert "was not made by the demo" in said("demo", "--out", str(tmp_path))
